@@ -1,0 +1,47 @@
+"""Every layer, one published idea per file. Adding one is a new file and a line here; being here is being tested."""
+
+from typing import Any, Union
+
+from memarch.layers.attention import Attention, AttentionConfig
+from memarch.layers.cross_attention import CrossAttention, CrossAttentionConfig
+from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
+from memarch.layers.parts.pool import PoolConfig, ValuePool
+from memarch.layers.product_key import PKM, PKMConfig
+from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
+from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
+
+MIXERS = {
+    "attention": AttentionConfig,
+    "cross_attention": CrossAttentionConfig,
+    "gated_delta": GatedDeltaConfig,
+    "short_conv": ShortConvConfig,
+}
+
+CHANNELS = {
+    "pkm": PKMConfig,
+    "swiglu": SwiGLUConfig,
+}
+
+MixerConfig: Any = Union[tuple(MIXERS.values())]
+ChannelConfig: Any = Union[tuple(CHANNELS.values())]
+
+__all__ = [
+    "CHANNELS",
+    "MIXERS",
+    "PKM",
+    "Attention",
+    "AttentionConfig",
+    "ChannelConfig",
+    "CrossAttention",
+    "CrossAttentionConfig",
+    "GatedDelta",
+    "GatedDeltaConfig",
+    "MixerConfig",
+    "PKMConfig",
+    "PoolConfig",
+    "ShortConvConfig",
+    "ShortConvMixer",
+    "SwiGLU",
+    "SwiGLUConfig",
+    "ValuePool",
+]

@@ -1,0 +1,24 @@
+"""Root mean square norm (Zhang & Sennrich 2019). The statistics are fp32 whatever the activations are."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def init_(self) -> None:
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Unit length over the last dim, eps inside the root. fp32 at least: the delta rule diverges on keys that are not unit."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

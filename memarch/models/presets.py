@@ -1,0 +1,118 @@
+"""Named models. A preset states differences only: a base, and what it sets. The same words that an ablation file uses.
+
+Every mixer, memory and wrapper has a `<name>-tiny` that trains in a test; paper sizes stand beside it, with the paper's numbers.
+"""
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memarch.config import ConfigError, allowed, decode, override
+from memarch.models.lm import LM, LMConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    family: str
+    paper: str
+    base: str | None
+    set: dict[str, Any]  # dotted path -> value; what is named is replaced
+    published: int | None = None  # the parameter count the paper or its code states, asserted by a test
+
+
+SWIGLU = {"kind": "swiglu"}
+TINY = {"vocab_size": 256, "dim": 64, "layers": 2, "tie": True}
+GDN = "Yang et al. 2024, arXiv 2412.06464"
+TRANSFORMER = "Vaswani et al. 2017, arXiv 1706.03762"
+
+
+def tiny(mixer: dict[str, Any], ffn: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {**TINY, "pattern": "M", "parts": {"M": {"mixer": mixer, "ffn": ffn or {**SWIGLU, "hidden": 128}}}}
+
+
+PRESETS: dict[str, Preset] = {
+    "transformer-tiny": Preset("attention", TRANSFORMER, None, tiny({"kind": "attention", "heads": 2})),
+    "window-tiny": Preset("attention", TRANSFORMER, "transformer-tiny", {"parts.M.mixer.window": 16}),
+    "short-conv-tiny": Preset("convolution", "Fu et al. 2023, arXiv 2212.14052", None, tiny({"kind": "short_conv"})),
+    "gated-delta-tiny": Preset("linear", GDN, None, tiny({"kind": "gated_delta", "heads": 2})),
+    "hybrid-tiny": Preset(
+        "hybrid",
+        GDN,
+        "gated-delta-tiny",
+        {"pattern": "MW", "parts.W": {"mixer": {"kind": "attention", "heads": 2, "window": 16, "positions": "none", "conv": 4}, "ffn": {**SWIGLU, "hidden": 128}}},
+    ),
+    "yoco-tiny": Preset(
+        "hybrid",
+        "Sun et al. 2024, arXiv 2405.05254",
+        "gated-delta-tiny",
+        {
+            "layers": 4,
+            "pattern": "MFCC",
+            "parts.F": {"mixer": {"kind": "attention", "heads": 2, "share": True}, "ffn": {**SWIGLU, "hidden": 128}},
+            "parts.C": {"mixer": {"kind": "cross_attention", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
+        },
+    ),
+    "pkm-tiny": Preset(
+        "memory",
+        "Lample et al. 2019, arXiv 1907.05242",
+        "hybrid-tiny",
+        {"parts.W.ffn": {"kind": "pkm", "keys": 32, "heads": 2, "topk": 8, "query_dim": 32, "pool": "facts"}, "pools": {"facts": {"rows": 1024}}},
+    ),
+    "rmt-tiny": Preset("segment", "Bulatov et al. 2022, arXiv 2207.06881", "transformer-tiny", {"wrap": [{"kind": "rmt", "segment": 32, "memory": 4}]}),
+    "transformer-160m": Preset(
+        "attention",
+        TRANSFORMER,
+        "transformer-tiny",
+        {"vocab_size": 50304, "dim": 768, "layers": 12, "parts.M": {"mixer": {"kind": "attention", "heads": 12}, "ffn": SWIGLU}},
+    ),
+    "gated-delta-400m": Preset(
+        "linear",
+        GDN,
+        "gated-delta-tiny",
+        {
+            "vocab_size": 32000,
+            "dim": 1536,
+            "layers": 11,
+            "parts.M": {"mixer": {"kind": "gated_delta", "heads": 6, "head_dim": 192, "value_dim": 384}, "ffn": {**SWIGLU, "hidden": 6144}},
+        },
+    ),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The plain data of a preset, resolved through its bases."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown model {name!r}.{hint} memarch list prints the {len(PRESETS)} names.")
+    entry = PRESETS[name]
+    data: dict[str, Any] = {} if entry.base is None else preset(entry.base)
+    for path, value in entry.set.items():
+        data = override(data, path, value)
+    return data
+
+
+def create_model(
+    name: str, *, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None, set: dict[str, Any] | None = None, **overrides: Any
+) -> LM:
+    """A named model with fresh weights. Overrides replace fields of the config; `set` reaches any depth:
+
+    create_model("hybrid-tiny", vocab_size=512, set={"parts.W.mixer.window": 32})"""
+    data = preset(name)
+    for path, value in {**overrides, **(set or {})}.items():
+        if path.split(".")[0] not in LMConfig.__dataclass_fields__:
+            raise ConfigError(f"{name}: {allowed('key', path.split('.')[0], LMConfig.__dataclass_fields__)}")
+        data = override(data, path, value)
+    config = decode(LMConfig, data, name)
+    if device is not None and torch.device(device).type == "meta":
+        with torch.device("meta"):
+            return LM(config).to(dtype=dtype)
+    return LM(config, seed=seed).to(device=device, dtype=dtype)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern: list_models("*-tiny")."""
+    return sorted(fnmatch.filter(PRESETS, pattern))
