@@ -70,9 +70,8 @@ class SegmentWrapper(SequenceMixer):
                 offset = torch.arange(min(self.size, T), device=x.device)
                 index = done[:, None] + offset  # [B, l]
                 h = self.inner(x.gather(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, D)), inner, below=EMPTY, lengths=take)
-                # Pads land on the extra row T, which is cut off.
-                where = torch.where(offset < take[:, None], index, T)[..., None].expand(-1, -1, D)
-                y = torch.cat([y, y.new_zeros(B, 1, D)], 1).scatter(1, where, h.y.to(y.dtype))[:, :T]
+                real = (offset < take[:, None])[..., None]  # pads add nothing
+                y = y.scatter_add(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, D), torch.where(real, h.y, 0).to(y.dtype))
                 share = 1 / count
                 done, place = done + take, place + take
                 finished = place == self.size

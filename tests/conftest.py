@@ -1,0 +1,14 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two OpenMP pools under two test processes are many times slower than one thread each
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
