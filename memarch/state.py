@@ -69,11 +69,10 @@ def take(state: State, index: Tensor) -> State:
 
 def level(*parts: Tensor) -> tuple[Tensor, ...]:
     """Bring growing histories to one length, with zeros on the left."""
-    longest = max((p.shape[1] for p in parts if p.ndim > 1), default=0)
-    return tuple(
-        p if p.ndim < 2 or p.shape[1] == longest else torch.cat([p.new_zeros(p.shape[0], longest - p.shape[1], *p.shape[2:]), p], 1)
-        for p in parts
-    )
+    if parts[0].ndim < 2:
+        return parts
+    longest = max([p.shape[1] for p in parts])
+    return tuple([p if p.shape[1] == longest else torch.cat([p.new_zeros(p.shape[0], longest - p.shape[1], *p.shape[2:]), p], 1) for p in parts])
 
 
 def concat(states: Sequence[State]) -> State:
