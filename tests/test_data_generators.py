@@ -314,7 +314,7 @@ BAD = [
     (lambda: MQAR(settings=((63, 2),)), r"\(63, 2\): length must be even"),
     (lambda: MQAR(settings=((64, 17),)), r"needs 1 <= pairs <= length / 4 = 16"),
     (lambda: MQAR(settings=((64, 0),)), r"needs 1 <= pairs"),
-    (lambda: MQAR(settings=((256, 4),)), r"needs length < vocab_size = 256: raise vocab_size"),
+    (lambda: MQAR(settings=((256, 40),), vocab_size=64), r"vocab_size 64 has 31 distinct keys: raise vocab_size"),
     (lambda: MQAR(power=0.0), r"power = 0\.0: must be above 0"),
     (lambda: MQAR(filler="none"), r"must be 'random' or 'zero'"),
     (lambda: Copy(copies=0), r"copy: copies = 0"),

@@ -21,7 +21,8 @@ def files(place: Path) -> list[Path]:
 def _walk(folder: Path) -> Iterator[Path]:
     for at, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        yield from (Path(at, name) for name in names if not name.startswith("."))
+        visible = (Path(at, name) for name in names if not name.startswith("."))
+        yield from (file for file in visible if file.is_file())
 
 
 def is_binary(data: bytes) -> bool:

@@ -1,12 +1,17 @@
 """The data as Lightning wants it. Which batch a step gets is decided in order.py; here it is only put into loaders."""
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from memarch.config import require
-from memarch.data import DataConfig, Steps, split_seed
+from memarch.data import DATA, DataConfig, Steps, split_seed
 from memarch.data.batch import Batch
+
+# A command line that sets one more field of what a file named (`--data.train.length 80`) must stay with the file's kind and keep its other
+# fields. For plain dataclasses in a union jsonargparse does neither, and says nothing: it takes the first member that has such a field.
+set_parsing_settings(subclasses_enabled=list(DATA.values()))
 
 
 class TokenData(LightningDataModule):

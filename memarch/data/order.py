@@ -27,7 +27,7 @@ def permute(n: int, seed: int, epoch: int, place: Array) -> Array:
     height = -(-n // width)
     counter = np.arange(epoch * ROUNDS, (epoch + 1) * ROUNDS, dtype=np.uint64) * np.uint64(GOLDEN)
     keys = mix(mix(words(seed + GOLDEN)) + counter)
-    row = np.array(place, dtype=np.uint64).reshape(-1)
+    row: Array = np.array(place, dtype=np.uint64).reshape(-1)
     outside = np.ones(len(row), dtype=bool)
     while outside.any():
         row[outside] = _feistel(row[outside], np.uint64(width), np.uint64(height), keys)
@@ -36,7 +36,8 @@ def permute(n: int, seed: int, epoch: int, place: Array) -> Array:
 
 
 def _feistel(x: Array, width: np.uint64, height: np.uint64, keys: Array) -> Array:
-    high, low = x // width, x % width
+    high: Array = x // width
+    low: Array = x % width
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
         high = (high + mix(low + even) % height) % height
         low = (low + mix(high + odd) % width) % width
@@ -48,8 +49,8 @@ def share(size: int, rank: int, world: int) -> range:
     require(size >= 1, f"batch size {size}: must be at least 1.")
     require(
         size % world == 0,
-        f"batch size {size} does not divide by {world} processes. It counts the rows of all processes together, so that a run means the same "
-        f"on any number of them: take {(size // world or 1) * world} or {(size // world + 1) * world}, or another number of processes.",
+        f"batch size {size} does not divide by {world} processes. It counts the rows of all of them, so that a run means the same on any "
+        f"number: take {(size // world or 1) * world} or {(size // world + 1) * world}, or another number of processes.",
     )
     each = size // world
     return range(rank * each, (rank + 1) * each)

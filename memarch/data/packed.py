@@ -48,7 +48,8 @@ class Stream:
             begins[b, self.begins[low[b] : high[b]] - begin] = True
         targets = np.where(begins[:, 1:], -100, window[:, 1:])
         begins[:, 0] |= fresh
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (window[:, :-1], targets, begins[:, :-1])))
+        tokens, labels, starts = (torch.from_numpy(np.ascontiguousarray(x)) for x in (window[:, :-1], targets, begins[:, :-1]))
+        return Batch(tokens, labels, starts)
 
 
 class Packed:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from memarch.config import require
-from memarch.data import documents, tokenizer as tokenizers
+from memarch.data import documents
+from memarch.data import tokenizer as tokenizers
 from memarch.data.draw import Array
 from memarch.data.progress import Progress
 from memarch.data.reading import Document, read
@@ -63,7 +64,7 @@ def _write(files: list[Path], folder: Path, coder: tokenizers.Tokenizer, shard_t
             for document, tokens in zip(group, coder.encode(group), strict=True):
                 fingerprint.update(hashlib.blake2b(document.text).digest())
                 writers[document.split].add(tokens)
-            progress.advance(sum(len(document.text) for document in group))
+            progress.advance(sum(document.size for document in group))
     parts = {split: writer.close() for split, writer in writers.items()}
     _check_not_empty(files, parts, validation)
     index = Index(dtype=dtype.name, vocab_size=coder.vocab_size, tokenizer=coder.name, fingerprint=fingerprint.hexdigest(), splits=parts)

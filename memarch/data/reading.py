@@ -14,31 +14,32 @@ class Document(NamedTuple):
     text: bytes  # UTF-8, if the file is
     where: str  # for messages
     split: str
+    size: int  # bytes of the file that it took, for a progress bar
 
 
 def read(files: list[Path], text_field: str, validation: float) -> Iterator[Document]:
     """Empty documents are dropped. A single text file is cut in two, because it cannot be on both sides."""
     if len(files) == 1 and files[0].suffix != ".jsonl":
         parts = documents.cut(files[0].read_bytes(), val=validation)
-        yield from (Document(text, str(files[0]), split) for split, text in parts.items() if text)
+        yield from (Document(text, str(files[0]), split, len(text)) for split, text in parts.items() if text)
         return
-    for text, where in chain.from_iterable(_lines(file, text_field) if file.suffix == ".jsonl" else _whole(file) for file in files):
+    for text, where, size in chain.from_iterable(_lines(file, text_field) if file.suffix == ".jsonl" else _whole(file) for file in files):
         if text:
-            yield Document(text, where, documents.split(text, val=validation))
+            yield Document(text, where, documents.split(text, val=validation), size)
 
 
-def _whole(file: Path) -> Iterator[tuple[bytes, str]]:
+def _whole(file: Path) -> Iterator[tuple[bytes, str, int]]:
     data = file.read_bytes()
     if not documents.is_binary(data):
-        yield data, str(file)
+        yield data, str(file), len(data)
 
 
-def _lines(file: Path, field: str) -> Iterator[tuple[bytes, str]]:
+def _lines(file: Path, field: str) -> Iterator[tuple[bytes, str, int]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield _text_of(line, field, where), where
+                yield _text_of(line, field, where), where, len(line)
 
 
 def _text_of(line: bytes, field: str, where: str) -> bytes:

@@ -46,9 +46,7 @@ class Index:
     @classmethod
     def read(cls, folder: Path) -> "Index":
         file = folder / "index.json"
-        require(
-            file.is_file(), f"{folder}: no index.json there, so it is no finished folder of token shards: make one with `memarch prepare`."
-        )
+        require(file.is_file(), f"{folder}: no index.json, so this is no finished folder of token shards: make one with `memarch prepare`.")
         try:
             data: dict[str, Any] = json.loads(file.read_text())
             version = data.pop("format")
@@ -97,7 +95,7 @@ class Shards(Packed):
 def _open(path: str, split: str) -> Stream:
     folder, index = Path(path), Index.read(Path(path))
     require(
-        split in index.splits, f"{folder}: {allowed('split', split, index.splits)} `memarch prepare` writes what it is asked to hold out."
+        split in index.splits, f"{folder}: {allowed('split', split, index.splits)} `memarch prepare` writes what it is told to hold out."
     )
     part = index.splits[split]
     pieces = [_map(shard_file(folder, split, number)) for number in range(part.shards)]

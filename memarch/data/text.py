@@ -55,10 +55,10 @@ def _corpus(path: str | None, held_out: float) -> tuple[dict[str, Stream], str]:
     found = _standard_library() if path is None else documents.files(Path(path).expanduser())
     alone = path is not None and len(found) == 1
     read = (file.read_bytes() for file in found)
-    texts = {data for data in read if data and (alone or not documents.is_binary(data))}
-    require(bool(texts), f"text: no text in {path or 'the standard library of this Python'}: no files, or all empty or binary.")
+    distinct = {data for data in read if data and (alone or not documents.is_binary(data))}
+    require(bool(distinct), f"text: no text in {path or 'the standard library of this Python'}: no files, or all empty or binary.")
     # In order of a hash: neighbours in a folder are alike, and a stream that is read in order should not go through them topic by topic.
-    texts = sorted(texts, key=lambda data: hashlib.blake2b(data).digest())
+    texts = sorted(distinct, key=lambda data: hashlib.blake2b(data).digest())
     fingerprint = hashlib.blake2b(b"".join(hashlib.blake2b(data).digest() for data in texts), digest_size=8).hexdigest()
     parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     if alone:
