@@ -121,7 +121,7 @@ def _decode_union(args: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None:
         require(type(None) in args, f"{where}: null is not allowed here.")
         return None
-    kinds = {kind_of(arg): arg for arg in args if dataclasses.is_dataclass(arg)}
+    kinds: dict[str, Any] = {kind_of(arg): arg for arg in args if dataclasses.is_dataclass(arg)}
     if kinds:
         if isinstance(data, tuple(kinds.values())):
             return data
@@ -150,7 +150,7 @@ def _decode_plain(spec: Any, data: Any, where: str) -> Any:
 
 
 def kind_of(cls: Any) -> str:
-    return next((f.default for f in dataclasses.fields(cls) if f.name == "kind"), cls.__name__)
+    return next((str(f.default) for f in dataclasses.fields(cls) if f.name == "kind"), cls.__name__)
 
 
 def encode(config: Any) -> Any:

@@ -41,7 +41,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # sum of the cross entropy over the targets, in nats (or of the squared error)
     correct: Tensor  # how many targets the arg max hits
-    count: Tensor  # how many targets are not -100
+    count: Tensor  # type: ignore[assignment]  # how many targets are not -100; a tuple's own count is of no use here
     state: State
     aux: Mapping[str, Tensor] = EMPTY
 

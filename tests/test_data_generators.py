@@ -291,9 +291,7 @@ def test_needle_depth():
     assert (batch.tokens.gather(1, place[:, None]) == 0).all()
     assert torch.equal((batch.tokens == 0).sum(1), torch.full((20000,), 3))
     assert torch.equal((batch.tokens == 1).sum(1), torch.full((20000,), 1))
-    chi_square(
-        torch.bincount((depth * n.filler).round().long(), minlength=n.filler + 1).numpy(), np.full(n.filler + 1, 20000 / (n.filler + 1))
-    )
+    chi_square(torch.bincount((depth * n.filler).round().long(), minlength=n.filler + 1).numpy(), np.full(n.filler + 1, 20000 / (n.filler + 1)))
     for fixed in (0.0, 0.5, 1.0):
         some = Needle(length=101, needles=1, depth=fixed).batch(0, range(50))
         assert set(some.meta["place"].tolist()) == {round(fixed * 96)}

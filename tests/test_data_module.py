@@ -53,9 +53,7 @@ def equal(a, b):
 
 def cli(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
-    return LightningCLI(
-        Watcher, TokenData, run=False, save_config_callback=None, trainer_defaults=QUIET, seed_everything_default=0
-    ).datamodule
+    return LightningCLI(Watcher, TokenData, run=False, save_config_callback=None, trainer_defaults=QUIET, seed_everything_default=0).datamodule
 
 
 def test_command_line_and_file(tmp_path, monkeypatch):

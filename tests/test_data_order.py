@@ -22,9 +22,7 @@ def take(steps, n, workers=0):
 
 
 def equal(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x.tokens, y.tokens) and torch.equal(x.targets, y.targets) for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(torch.equal(x.tokens, y.tokens) and torch.equal(x.targets, y.targets) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 1000, 4097])

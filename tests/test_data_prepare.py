@@ -67,9 +67,7 @@ def test_rows_cross_the_borders_of_small_shards(tmp_path):
     assert (batch.targets[:, :-1] == -100).sum() == batch.starts[:, 1:].sum()
     held = Text(path=str(folder), held_out=0.1).stream("val")  # the same documents are held out, though text has them in another order
     edges = [*held.begins.tolist(), len(held)]
-    assert sorted(x.tobytes() for x in texts_of(tmp_path / "out", "val")) == sorted(
-        held.read(a, b - a).tobytes() for a, b in pairwise(edges)
-    )
+    assert sorted(x.tobytes() for x in texts_of(tmp_path / "out", "val")) == sorted(held.read(a, b - a).tobytes() for a, b in pairwise(edges))
 
 
 def test_a_single_text_file_is_cut_at_a_line(tmp_path):

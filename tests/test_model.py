@@ -182,7 +182,12 @@ def test_bf16_runs_and_keeps_its_recurrence_wide(name):
 
 def test_importing_is_light():
     """memarch costs torch and little else; the heavy friends come when they are called."""
-    code = "import sys, time, torch; t = time.perf_counter(); import memarch; d = time.perf_counter() - t; print(d, [m for m in ('lightning', 'triton', 'transformers', 'matplotlib', 'huggingface_hub') if m in sys.modules])"
+    code = """
+import sys, time, torch
+begin = time.perf_counter()
+import memarch
+print(time.perf_counter() - begin, [m for m in ("lightning", "triton", "transformers", "matplotlib", "huggingface_hub") if m in sys.modules])
+"""
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(2)]
     assert runs[0][1].strip() == "[]", runs[0][1]
     assert min(float(r[0]) for r in runs) < 2.0

@@ -68,9 +68,7 @@ class TokenData(LightningDataModule):
         steps = self.val_batches if held is None else min(self.val_batches, max(1, held // self.val_batch_size))
         return self._loader(self.val, split, self.val_batch_size, steps=steps)
 
-    def _loader(
-        self, source: DataConfig, split: str, size: int, start_step: int = 0, steps: int | None = None, workers: int = 0
-    ) -> DataLoader[Batch]:
+    def _loader(self, source: DataConfig, split: str, size: int, start_step: int = 0, steps: int | None = None, workers: int = 0) -> DataLoader[Batch]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order = Steps(source, split_seed(self.seed, split), size, start_step, rank, world, steps)
         # Its own generator: a loader otherwise takes a number from torch's global one each time it starts, and dropout would notice.

@@ -62,9 +62,7 @@ class Steps(IterableDataset[Batch]):
     Give it to `DataLoader(steps, batch_size=None, num_workers=n)`. The loader asks its workers in turn, so worker w of n makes steps
     w, w + n, ... of those that remain and the order is that of no workers at all. Every pass starts at `start_step` again."""
 
-    def __init__(
-        self, source: Source, seed: int, batch_size: int, start_step: int = 0, rank: int = 0, world: int = 1, steps: int | None = None
-    ):
+    def __init__(self, source: Source, seed: int, batch_size: int, start_step: int = 0, rank: int = 0, world: int = 1, steps: int | None = None):
         require(start_step >= 0, f"start_step = {start_step}: counts the steps already taken, so it must be 0 or more.")
         self.source, self.seed, self.size = source, seed, batch_size
         self.mine = share(batch_size, rank, world)

@@ -94,9 +94,7 @@ class Shards(Packed):
 @functools.lru_cache(maxsize=8)
 def _open(path: str, split: str) -> Stream:
     folder, index = Path(path), Index.read(Path(path))
-    require(
-        split in index.splits, f"{folder}: {allowed('split', split, index.splits)} `memarch prepare` writes what it is told to hold out."
-    )
+    require(split in index.splits, f"{folder}: {allowed('split', split, index.splits)} `memarch prepare` writes what it is told to hold out.")
     part = index.splits[split]
     pieces = [_map(shard_file(folder, split, number)) for number in range(part.shards)]
     stream = Stream(pieces, _map(begins_file(folder, split)))

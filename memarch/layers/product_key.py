@@ -59,7 +59,11 @@ class PKMConfig(LayerConfig):
 
     @classmethod
     def examples(cls) -> list[LayerConfig]:
-        return [cls(keys=8, heads=2, topk=4, query_dim=8), cls(keys=5, heads=3, topk=5, query_dim=6, query_norm="none"), cls(keys=8, heads=1, topk=2, query_dim=4, pool="facts")]
+        return [
+            cls(keys=8, heads=2, topk=4, query_dim=8),
+            cls(keys=5, heads=3, topk=5, query_dim=6, query_norm="none"),
+            cls(keys=8, heads=1, topk=2, query_dim=4, pool="facts"),
+        ]
 
 
 class PKM(ChannelMixer):

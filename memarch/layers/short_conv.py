@@ -1,6 +1,6 @@
 """The short convolution alone, gated: the local mixer of hybrids (LFM2's block; Poli et al. 2023 trace it to H3).
 
-    y_t = W_o [ c_t * conv(b * v)_t ],   b, c, v = W_in x
+y_t = W_o [ c_t * conv(b * v)_t ],   b, c, v = W_in x
 """
 
 from collections.abc import Mapping

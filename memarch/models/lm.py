@@ -1,10 +1,10 @@
 """The one backbone and the one language model.
 
-    block:     x += mixer(norm x);  x += ffn(norm x)
-    backbone:  blocks by pattern, branches between them, a final norm; it is a sequence mixer itself, so wrappers take it
-    model:     embed, backbone (wrapped or not), head
+block:     x += mixer(norm x);  x += ffn(norm x)
+backbone:  blocks by pattern, branches between them, a final norm; it is a sequence mixer itself, so wrappers take it
+model:     embed, backbone (wrapped or not), head
 
-    B rows   T tokens   D width   V vocabulary
+B rows   T tokens   D width   V vocabulary
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,10 @@ class LMConfig:
             require(letter in self.parts, f"pattern {self.pattern!r}: {allowed('part', letter, self.parts)}")
         size = len(self.pattern)
         require(size > 0, "pattern is empty; it needs a letter a block, or a shorter string that repeats.")
-        require(self.layers % size == 0, f"pattern {self.pattern!r} has {size} letters and layers is {self.layers}: give {self.layers} letters, or a number that divides it.")
+        require(
+            self.layers % size == 0,
+            f"pattern {self.pattern!r} has {size} letters and layers is {self.layers}: give {self.layers} letters, or a number that divides it.",
+        )
         for i, branch in enumerate(self.branches):
             good = 0 <= branch.reads <= branch.adds < self.layers
             require(good, f"branches[{i}]: need 0 <= reads <= adds < layers ({self.layers}), got reads {branch.reads}, adds {branch.adds}.")
@@ -110,10 +113,10 @@ class Block(nn.Module):
     def __init__(self, cfg: LMConfig, i: int, pools: Mapping[str, nn.Module]):
         super().__init__()
         part = cfg.block(i)
-        self.norm1 = RMSNorm(cfg.dim, cfg.norm_eps) if part.mixer is not None else None
-        self.mixer = part.mixer.make(cfg.dim, pools) if part.mixer is not None else None
-        self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps) if part.ffn is not None else None
-        self.ffn = part.ffn.make(cfg.dim, pools) if part.ffn is not None else None
+        self.norm1: Any = RMSNorm(cfg.dim, cfg.norm_eps) if part.mixer is not None else None
+        self.mixer: Any = part.mixer.make(cfg.dim, pools) if part.mixer is not None else None
+        self.norm2: Any = RMSNorm(cfg.dim, cfg.norm_eps) if part.ffn is not None else None
+        self.ffn: Any = part.ffn.make(cfg.dim, pools) if part.ffn is not None else None
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         for norm in (self.norm1, self.norm2):
@@ -151,17 +154,19 @@ class Backbone(SequenceMixer):
         super().__init__()
         self.cfg = cfg
         self.writes = ("trace",) if cfg.trace else ()
-        self.pools = nn.ModuleDict({name: ValuePool(p.rows, p.width or cfg.dim) for name, p in cfg.pools.items()})
-        self.blocks = nn.ModuleList()
+        pools = {name: ValuePool(p.rows, p.width or cfg.dim) for name, p in cfg.pools.items()}
+        self.pools = nn.ModuleDict(pools)
+        blocks = []
         posted: set[str] = set()
         for i in range(cfg.layers):
             with _named(f"block {i} ({cfg.pattern[i % len(cfg.pattern)]!r})"):
-                block = Block(cfg, i, self.pools)
+                block = Block(cfg, i, pools)
                 for name in getattr(block.mixer, "reads", ()):
                     require(name in posted, f"it reads the note {name!r}, which no block below writes (written so far: {', '.join(sorted(posted)) or 'none'}).")
                 posted |= set(getattr(block.mixer, "writes", ()))
-            self.blocks.append(block)
-        self.branches = nn.ModuleList(b.layer.make(cfg.dim, self.pools) for b in cfg.branches)
+            blocks.append(block)
+        self.blocks: Any = nn.ModuleList(blocks)
+        self.branches = nn.ModuleList(b.layer.make(cfg.dim, pools) for b in cfg.branches)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.recompute = False  # True: keep only block inputs and compute the rest again in the backward
 
@@ -319,7 +324,11 @@ class LM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"token id {bad} is out of range: this model knows 0 to {self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}).")
-        if lengths is not None and lengths.device.type == "cpu" and (lengths.shape != tokens.shape[:1] or int(lengths.min()) < 0 or int(lengths.max()) > tokens.shape[1]):
+        if (
+            lengths is not None
+            and lengths.device.type == "cpu"
+            and (lengths.shape != tokens.shape[:1] or int(lengths.min()) < 0 or int(lengths.max()) > tokens.shape[1])
+        ):
             raise ValueError(f"lengths must be {tokens.shape[0]} numbers between 0 and T = {tokens.shape[1]}, got {lengths.tolist()}.")
         if state is not None:
             if self._like is None or self._like[0] != self.embed.weight.dtype:

@@ -39,7 +39,8 @@ def run_packed(mixer: SequenceMixer, x: Tensor, state: State | None, starts: Ten
     B, T, D = x.shape
     docs = documents(starts, lengths, state is not None)
     final = mixer.start(B) if state is None else state
-    y, gauges, total = x.new_zeros(B * T, D), {}, max(1, int(docs.size.sum()))
+    y, total = x.new_zeros(B * T, D), max(1, int(docs.size.sum()))
+    gauges: dict[str, Tensor] = {}
     last = torch.cat([docs.row[1:] != docs.row[:-1], docs.row.new_ones(1, dtype=torch.bool)]) if len(docs.row) else docs.fresh
     octave = docs.size.double().log2().ceil()
     for group in octave.unique().tolist():
@@ -53,7 +54,7 @@ def run_packed(mixer: SequenceMixer, x: Tensor, state: State | None, starts: Ten
         out = mixer(x.reshape(B * T, D)[flat.clamp(max=B * T - 1)], given, lengths=size)
         y = y.index_put((flat[real],), out.y[real].to(y.dtype))
         for name, value in out.aux.items():  # scalars are means over tokens
-            gauges[name] = gauges.get(name, 0.0) + value * (int(size.sum()) / total)
+            gauges[name] = gauges.get(name, value.new_zeros(())) + value * (int(size.sum()) / total)
         ends = last[index].nonzero().squeeze(1)
         if len(ends):
             final = states.put(final, row[ends], states.take(out.state, ends))

@@ -42,7 +42,10 @@ PRESETS: dict[str, Preset] = {
         "hybrid",
         GDN,
         "gated-delta-tiny",
-        {"pattern": "MW", "parts.W": {"mixer": {"kind": "attention", "heads": 2, "window": 16, "positions": "none", "conv": 4}, "ffn": {**SWIGLU, "hidden": 128}}},
+        {
+            "pattern": "MW",
+            "parts.W": {"mixer": {"kind": "attention", "heads": 2, "window": 16, "positions": "none", "conv": 4}, "ffn": {**SWIGLU, "hidden": 128}},
+        },
     ),
     "yoco-tiny": Preset(
         "hybrid",

@@ -101,5 +101,3 @@ class SegmentWrapper(SequenceMixer):
 
     def grows(self) -> int | None:
         return self.inner.grows() if self.inner.grows() is not None else self.size
-
-

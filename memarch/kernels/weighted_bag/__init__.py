@@ -1,6 +1,6 @@
 """The weighted sum of table rows: y = sum_r weights_r table[ids_r].
 
-    N rows   d width   R rows read
+N rows   d width   R rows read
 """
 
 import torch

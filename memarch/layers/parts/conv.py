@@ -32,5 +32,7 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> y [B, T, D], the new tail [B, W-1, D]."""
-        y, new = short_conv(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), tail if tail is None else tail.to(x.dtype), lengths=lengths)
+        y, new = short_conv(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), tail if tail is None else tail.to(x.dtype), lengths=lengths
+        )
         return y, new.to(self.weight.dtype)

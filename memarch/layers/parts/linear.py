@@ -16,7 +16,7 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
 
 
 def small(fan_in: int) -> float:
-    """"Small init" (Nguyen & Salazar 2019), sqrt(2 / 5d): the customary 0.02 at width 1024, and right for small widths too."""
+    """ "Small init" (Nguyen & Salazar 2019), sqrt(2 / 5d): the customary 0.02 at width 1024, and right for small widths too."""
     return math.sqrt(0.4 / fan_in)
 
 
