@@ -17,6 +17,9 @@ from memarch.config import digest
 from memarch.contracts import SequenceMixer, State
 
 
+FORMAT = 1
+
+
 def tree(f: Callable[..., Any], *states: State) -> Any:
     """Apply f to every leaf (or to every tuple of corresponding leaves)."""
     first = states[0]
@@ -142,11 +145,12 @@ def check(state: State, like: State, grows: tuple[bool, ...], batch: int) -> Non
 
 
 def save(state: State, path: str | Path, model: Any) -> None:
-    """Write a state, with the digest of the config it belongs to."""
+    """Write a state, with the digest of the config it belongs to. The same state gives the same bytes: one metadata key, because several
+    are written in no fixed order."""
     from safetensors.torch import save_file
 
-    about = {"config": digest(model.config), "format": "memarch-state-1", "leaves": json.dumps([name for name, _ in leaves(state)])}
-    save_file({name: leaf.detach().contiguous() for name, leaf in leaves(state)}, str(path), metadata=about)
+    about = json.dumps({"format": FORMAT, "config": digest(model.config)})
+    save_file({name: leaf.detach().contiguous() for name, leaf in leaves(state)}, str(path), metadata={"memarch": about})
 
 
 def load(path: str | Path, model: Any, device: torch.device | str = "cpu") -> State:
@@ -157,13 +161,18 @@ def load(path: str | Path, model: Any, device: torch.device | str = "cpu") -> St
         raise FileNotFoundError(f"no state at {path}. memarch.state.save(state, path, model) writes one.")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            about, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("memarch", "{}"))
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118; a view of the mapped file is not our memory
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). It is truncated or of another kind.") from None
-    if about.get("format") != "memarch-state-1":
-        raise ValueError(f"{path} is a safetensors file, but not a state that memarch.state.save wrote.")
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a state that memarch.state.save wrote (format {about.get('format')!r}, wanted {FORMAT}).")
     if about["config"] != digest(model.config):
         raise ValueError(f"{path} belongs to a model with another config (digest {about['config']}, this model {digest(model.config)}).")
     like = model.start(1)
-    names = iter([name for name, _ in leaves(like)])
-    return tree(lambda _: found[next(names)], like)
+    names = [name for name, _ in leaves(like)]
+    missing = sorted(set(names) - found.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it was written by another version, or damaged.")
+    order = iter(names)
+    return tree(lambda _: found[next(order)], like)

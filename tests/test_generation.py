@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from memarch import LM, create_model, list_models
+from memarch import LM, create_model, from_pretrained, list_models
 from memarch import state as states
 from memarch.generation import Sampler, _decoded, decode_text, encode_text, generate, generate_text
 
@@ -98,6 +98,16 @@ def test_a_saved_state_goes_on_in_another_process(tmp_path, how):
     assert [a + b for a, b in zip(first.tokens, rest, strict=True)] == whole.tokens
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_gpu_says_the_same(how, tmp_path):
+    model().save_pretrained(tmp_path)
+    there = from_pretrained(tmp_path, device="cuda")
+    out = generate(there, PROMPTS, max_new_tokens=9, stop=[7], **how)
+    assert out.tokens == generate(model(), PROMPTS, max_new_tokens=9, stop=[7], **how).tokens
+    assert {leaf.device.type for _, leaf in states.leaves(out.state)} == {"cuda"}
+
+
 # ------------------------------------------------------------------------------------------------ choosing
 
 
@@ -130,6 +140,11 @@ def test_tokens_come_with_their_probabilities(sampler, kept):
     assert torch.allclose(frequencies(sampler, LOGITS), (want / sampler.temperature).softmax(-1), atol=1e-3)
 
 
+def test_what_has_no_probability_is_never_chosen():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf]).expand(2, -1)
+    assert Sampler(1.0).choose(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [1, 1]
+
+
 def test_temperature_zero_takes_the_most_likely():
     assert Sampler().choose(LOGITS[[0, 1, 4, 6]].expand(3, -1), torch.tensor([0.0, 0.5, 0.99])).tolist() == [3, 3, 3]
 
@@ -160,6 +175,7 @@ def test_a_row_ends_with_its_stop_token_and_costs_nothing_afterwards(monkeypatch
     assert asked == [sum(n > i for n in lengths) for i in range(max(lengths))]
     for i, n in enumerate(lengths):
         alone = generate(model(), [PROMPTS[i]], max_new_tokens=n, **SAMPLED)
+        assert alone.seeds[0] == out.seeds[i]
         assert same(alone.state, states.take(out.state, torch.tensor([i])))
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import make
 from safetensors.torch import load_file
 
+from golden import make
 from memarch import from_pretrained, list_models
 
 EXPORTS = sorted(path.parent.name for path in make.HERE.glob("*/config.json"))

@@ -163,6 +163,15 @@ def test_states_move_reshape_and_weigh():
     assert any(t.requires_grad for _, t in states.leaves(state)), "a state is differentiable"
 
 
+def test_a_saved_state_is_the_same_bytes_every_time(tmp_path):
+    model = create_model("hybrid-tiny")
+    state = model(ids(model, 2, 20)).state
+    files = [tmp_path / f"{i}" for i in range(8)]
+    for file in files:
+        states.save(state, file, model)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_bf16_runs_and_keeps_its_recurrence_wide(name):
     model = create_model(name, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from memarch.models import preset
 HERE = Path(__file__).parent
 EXPECTED = "expected.safetensors"
 LIMIT = 300_000  # bytes of one export
-SHARD = "40KB"  # so that some are sharded and some are not
+SHARD = "25KB"  # so that some are sharded and some are not
 SMALL = {"dim": 16, "vocab_size": 32, "hidden": 32, "keys": 8, "topk": 4, "rows": 64}  # wherever a preset has these, so a file stays small
 
 
