@@ -16,7 +16,6 @@ from torch import Tensor
 from memarch.config import digest
 from memarch.contracts import SequenceMixer, State
 
-
 FORMAT = 1
 
 
@@ -162,7 +161,7 @@ def load(path: str | Path, model: Any, device: torch.device | str = "cpu") -> St
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {}).get("memarch", "{}"))
-            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118; a view of the mapped file is not our memory
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 a clone: what comes is a view of the file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). It is truncated or of another kind.") from None
     if about.get("format") != FORMAT:

@@ -102,6 +102,10 @@ def same(a: Any, b: Any, path: str = "") -> None:
         assert a.keys() == b.keys(), path
         for key in a:
             same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i in range(len(a)):
+            same(a[i], b[i], f"{path}.{i}")
     else:
         assert a == b, path
 
@@ -124,7 +128,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """The run that was left alone."""
     run_dir = tmp_path_factory.mktemp("whole")
-    finish(start(run_dir, text))
+    main(run_dir, text, STEPS, slow_write=0.0)
     return run_dir
 
 
@@ -133,7 +137,7 @@ def compare(run_dir: Path, whole: Path) -> None:
     assert table(run_dir) == table(whole)
 
 
-def test_killed_once(tmp_path: Path, text: Path, whole: Path) -> None:
+def test_killed_once(tmp_path: Path, text: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = int(time.time())
     at = random.Random(seed).randrange(6, STEPS - 3)  # anything after the first checkpoint
     process = start(tmp_path, text)
@@ -145,7 +149,8 @@ def test_killed_once(tmp_path: Path, text: Path, whole: Path) -> None:
     said = finish(start(tmp_path, text))
     assert f"step {STEPS}/{STEPS}" in said
     compare(tmp_path, whole)
-    assert "This run is finished: 24 of 24 steps" in finish(start(tmp_path, text))  # once more, and no step is taken
+    main(tmp_path, text, STEPS, slow_write=0.0)  # once more, and no step is taken
+    assert f"This run is finished: {STEPS} of {STEPS} steps" in capsys.readouterr().out
     compare(tmp_path, whole)
 
 
@@ -178,7 +183,7 @@ def test_stopped_by_a_signal(tmp_path: Path, text: Path, whole: Path, number: in
     while steps_done(tmp_path) < 7:
         time.sleep(0.002)
     process.send_signal(number)
-    assert "go on from it" in finish(process, status)
+    assert "goes on from step-" in finish(process, status)
     finish(start(tmp_path, text))
     compare(tmp_path, whole)
 

@@ -48,7 +48,8 @@ def _look() -> Machine:
     return _machines["cuda"]
 
 
-_look._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets; calling that would import dynamo, and triton with it
+# What torch.compiler.assume_constant_result sets; calling that would import dynamo, and triton with it.
+_look._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def version(text: str) -> Version:
@@ -99,7 +100,7 @@ def using(impl: str | None = None, /, **ops: str) -> Iterator[None]:
 
 def first(order: Sequence[tuple[str, str]], why_not: Callable[[str], str | None]) -> Choice:
     """The first implementation of `order` (name, what speaks for it) that can run, with what kept the better ones away."""
-    kept_away = []
+    kept_away: list[str] = []
     for name, reason in order:
         why = why_not(name)
         if why is None:

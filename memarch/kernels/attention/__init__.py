@@ -19,6 +19,7 @@ from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, sett
 IMPLEMENTATIONS = {"reference": reference.attention, "torch": torch_impl.attention, "flash": flash_impl.attention}
 ORDER = (("flash", "flash-attn imports and its probe call worked"), ("torch", "scaled_dot_product_attention, in blocks for a window"))
 FLASH_MAX_WIDTH = 256
+Sink = tuple[Tensor, Tensor] | None
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, D: int = 64, V: int = 64, rows: bool = False, here: Machine = NO_GPU) -> str | None:
@@ -50,7 +51,7 @@ def attention(
     *,
     pos: Tensor | None = None,
     window: int | None = None,
-    sink: tuple[Tensor, Tensor] | None = None,
+    sink: Sink = None,
     slopes: Tensor | None = None,
     scale: float | None = None,
     impl: str | None = None,
@@ -58,19 +59,25 @@ def attention(
     """q [B,T,H,D], k [B,S,G,D], v [B,S,G,V], pos [B] int64 or None (every row is real), window >= 1 or None (all), sink = (sk [B,P,G,D],
     sv [B,P,G,V]) or None, slopes [H] or None, scale (default D**-0.5) -> o [B,T,H,V]."""
     _check(q, k, v, pos, window, sink, slopes)
+    q, k, v, sink = _autocast(q, k, v, sink)
     rows = pos is not None or sink is not None
     here, shape = machine(q.device.type), (q.device.type, q.dtype, q.shape[-1], v.shape[-1], rows)
     name = settle("attention", IMPLEMENTATIONS, impl, lambda n: why_not(n, *shape, here), lambda: pick(*shape, here))
     return IMPLEMENTATIONS[name](q, k, v, pos, window, sink, slopes, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, window: int | None, sink: tuple[Tensor, Tensor] | None, slopes: Tensor | None
-) -> None:
+def _autocast(q: Tensor, k: Tensor, v: Tensor, sink: Sink) -> tuple[Tensor, Tensor, Tensor, Sink]:
+    """What autocast does at scaled_dot_product_attention, done before choosing: flash-attn takes no float32."""
+    kind = q.device.type
+    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return q, k, v, sink
+    low = torch.get_autocast_dtype(kind)
+    return q.to(low), k.to(low), v.to(low), None if sink is None else (sink[0].to(low), sink[1].to(low))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, window: int | None, sink: Sink, slopes: Tensor | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"attention wants q [B,T,H,D], k [B,S,G,D] and v [B,S,G,V]; got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
+        raise ValueError(f"attention wants q [B,T,H,D], k [B,S,G,D] and v [B,S,G,V]; got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     if T < 1 or S < T:
         raise ValueError(f"attention: the last T rows of k are the queries' own, so S >= T >= 1; got S = {S}, T = {T}")

@@ -20,7 +20,7 @@ def attention(
     slopes: Tensor | None,
     scale: float,
 ) -> Tensor:
-    (B, T, H, D), S, R = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+    B, T, S, R = q.shape[0], q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     P = 0 if sink is None else sink[0].shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     at = torch.full((B,), S - T, device=q.device) if pos is None else pos  # without pos every row is real

@@ -4,6 +4,8 @@
     o_t = S_t^T q_t                        scale 1; neither q nor k is normalised here
 
     B rows   T tokens   H heads   K key width   V value width
+
+The state is held keys first, [K, V], and in float32 at least.
 """
 
 import torch
@@ -13,6 +15,7 @@ from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, sett
 from memarch.kernels.delta_rule import reference, torch_impl
 
 IMPLEMENTATIONS = {"reference": reference.delta_rule, "torch": torch_impl.delta_rule}
+FLOPS = torch_impl.FLOPS
 ORDER = (("torch", "chunked, with a hand-written backward: the product path without a GPU"),)
 
 

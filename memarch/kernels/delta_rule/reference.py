@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 
-def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, state: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, K = k.shape
     dtype = torch.promote_types(v.dtype, torch.float32)
     S = torch.zeros(B, H, K, v.shape[-1], dtype=dtype, device=v.device) if state is None else state.to(dtype)

@@ -2,7 +2,9 @@
 
     y_t = bias + sum_w weight[:, w] x_{t-W+1+w}      weight[:, -1] multiplies the newest token
 
-    B rows   T tokens   D width   W taps; the state is the last W-1 real inputs, newest last
+    B rows   T tokens   D width   W taps
+
+The state is the last W-1 real inputs, newest last, in the dtype of x.
 """
 
 import torch
@@ -12,6 +14,7 @@ from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, sett
 from memarch.kernels.short_conv import reference, torch_impl
 
 IMPLEMENTATIONS = {"reference": reference.short_conv, "torch": torch_impl.short_conv}
+FLOPS = torch_impl.FLOPS
 ORDER = (("torch", "shifted multiply-adds: the product path without a GPU"),)
 
 
