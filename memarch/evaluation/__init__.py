@@ -1,0 +1,104 @@
+"""What a trained model can do: recall over length, copying, the needle, text. Every task is a config; every answer is a Table.
+
+    from memarch.evaluation import evaluate
+    table = evaluate(model, "mqar", lengths=(64, 512), pairs=(4, 8), filler="zero")
+    table.value(length=512, pairs=8)
+
+    from memarch.evaluation.report import show, write       a terminal; JSON, CSV and a figure
+
+Here nothing knows the command line, and nothing draws: matplotlib and rich are imported by report and plots alone.
+"""
+
+import platform
+from collections.abc import Mapping
+from typing import Any, Union
+
+import torch
+
+from memarch.config import ConfigError, allowed, decode, digest, encode
+from memarch.data import MQAR, Copy, Needle, SelectiveCopy
+from memarch.data.packed import Packed
+from memarch.evaluation.perplexity import TextTask
+from memarch.evaluation.recall import CopyTask, MQARTask, NeedleTask, SelectiveCopyTask
+from memarch.evaluation.table import Advance, Estimate, Table, estimate
+
+TASKS = {
+    "mqar": MQARTask,
+    "copy": CopyTask,
+    "selective_copy": SelectiveCopyTask,
+    "needle": NeedleTask,
+    "text": TextTask,
+}
+
+TaskConfig: Any = Union[tuple(TASKS.values())]
+
+__all__ = [
+    "TASKS",
+    "CopyTask",
+    "Estimate",
+    "MQARTask",
+    "NeedleTask",
+    "SelectiveCopyTask",
+    "Table",
+    "TaskConfig",
+    "TextTask",
+    "estimate",
+    "evaluate",
+    "like",
+    "make_task",
+]
+
+
+def make_task(task: Any, **fields: Any) -> Any:
+    """A task from its name, from plain data with a `kind`, or as it is. Strict like every config."""
+    if isinstance(task, str):
+        task = {"kind": task}
+    if isinstance(task, Mapping):
+        kind = task.get("kind")
+        if kind not in TASKS:
+            raise ConfigError(allowed("task", kind, TASKS))
+        return decode(TASKS[kind], {**task, **fields}, str(kind))
+    return decode(type(task), {**encode(task), **fields}, task.kind) if fields else task
+
+
+def evaluate(
+    model: Any, task: Any = "mqar", *, batch_size: int | None = None, chunk: int | None = None, progress: Advance | None = None, **fields: Any
+) -> Table:
+    """Ask a model. `task` is a name, plain data or a task config, and `fields` replace fields of it.
+
+    batch_size and chunk (tokens fed per call, the state carried between) decide speed and memory, and no number.
+    progress: called with the work done since the last call, in units of `work(model, task)`."""
+    task = make_task(task, **fields)
+    if model.config.embed != "tokens" or model.config.head != "tokens":
+        raise ConfigError(f"this model maps {model.config.embed} inputs to a {model.config.head} output; every task here asks a model from tokens to tokens.")
+    table: Table = task.run(model, batch_size, chunk, progress or (lambda _: None))
+    weight = next(model.parameters())
+    about = {
+        "task": encode(task),
+        "config": digest(model.config),
+        "parameters": model.config.num_params(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu ({platform.machine()})",
+        "torch": torch.__version__,
+        **table.about,
+    }
+    return Table(table.task, table.metric, table.axes, table.rows, table.parts, table.skipped, about)
+
+
+def like(source: Any) -> Any:
+    """The task that asks for what a data config trains: its settings, and up to eight times its longest length."""
+    if isinstance(source, MQAR):
+        longest = source.length
+        lengths = sorted({length for length, _ in source.settings} | {2 * longest, 4 * longest, 8 * longest})
+        pairs = sorted({pairs for _, pairs in source.settings})
+        return MQARTask(lengths=tuple(lengths), pairs=tuple(pairs), vocab_size=source.vocab_size, power=source.power, filler=source.filler)
+    if isinstance(source, Copy | SelectiveCopy):
+        kind = CopyTask if isinstance(source, Copy) else SelectiveCopyTask
+        return kind(lengths=tuple(source.length * n for n in (1, 2, 4, 8)), copies=(source.copies,), vocab_size=source.vocab_size)
+    if isinstance(source, Needle):
+        return NeedleTask(
+            lengths=tuple(source.length * n for n in (1, 2, 4, 8)), needles=source.needles, value_len=source.value_len, vocab_size=source.vocab_size
+        )
+    if isinstance(source, Packed):
+        return TextTask(path=getattr(source, "path", None))
+    raise ConfigError(f"no task asks for what {type(source).__name__} trains. Tasks: {', '.join(TASKS)}.")

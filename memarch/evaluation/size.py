@@ -1,0 +1,31 @@
+"""What a model carries from token to token, in bytes."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from memarch.state import nbytes
+
+
+class StateSize(NamedTuple):
+    bytes: int  # of one row: constant, or the most it can be, or (when it grows) before the first token
+    per_token: int  # 0: the state is bounded; else what every further token adds
+
+
+def state_size(model: Any) -> StateSize:
+    """Found by feeding zeros; on the meta device that costs nothing. A state that grows up to a bound (the unfinished segment of a wrapper)
+    is fed up to that bound."""
+    mixer, dim = model.backbone, model.config.dim
+
+    def after(tokens: int) -> int:
+        with torch.no_grad():
+            return nbytes(mixer(torch.zeros(1, tokens, dim, device=model.device, dtype=model.embed.weight.dtype), start).state)
+
+    start = model.start(1)
+    empty, bound = nbytes(start), mixer.grows()
+    if bound == 0:
+        return StateSize(empty, 0)
+    one = after(1)
+    if bound is None:
+        return StateSize(empty, one - empty)
+    return StateSize(empty if one == empty else max(one, after(max(1, bound - 1))), 0)

@@ -1,0 +1,139 @@
+"""Two processes of one run decide alike: which step is skipped, when to save, when to stop. The command is this file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+
+def main(run_dir: Path, devices: int, steps: int, bad: str) -> None:
+    """bad: micro-batches "3,4" whose loss is NaN on the last process only."""
+    from lightning.pytorch import Trainer
+
+    from memarch.callbacks import Guard, default_callbacks, latest
+    from memarch.callbacks.together import find
+    from memarch.data import MQAR
+    from memarch.data.module import TokenData
+    from memarch.layers import GatedDeltaConfig, SwiGLUConfig
+    from memarch.models.lm import BlockConfig, LMConfig
+    from memarch.optim import OptimConfig
+    from memarch.task import Task
+
+    torch.set_num_threads(1)
+    sick = [int(number) for number in bad.split(",") if number]
+
+    class Spy(Task):
+        seen: list[list[int]] = []
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            time.sleep(0.02)
+            self.spoil = index in sick and self.global_rank == self.trainer.world_size - 1
+            return super().training_step(batch, index)
+
+        def on_train_batch_start(self, batch: Any, index: int) -> None:
+            self.seen.append(batch.tokens.sum(1).tolist())
+
+    part = BlockConfig(mixer=GatedDeltaConfig(heads=2), ffn=SwiGLUConfig())
+    task = Spy(LMConfig(vocab_size=64, dim=16, layers=2, pattern="G", parts={"G": part}), OptimConfig(lr=1e-2, schedule="constant", warmup=2))
+    ffn = task.model.core.blocks[1].ffn
+    ffn.register_forward_hook(lambda module, args, fed: fed._replace(y=fed.y * float("nan")) if getattr(task, "spoil", False) else None)
+    data = TokenData(MQAR(vocab_size=64, settings=((16, 2),)), batch_size=4, val_batches=1)
+    trainer = Trainer(
+        callbacks=default_callbacks(run_dir, save_every=4, patience=3),
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        val_check_interval=6,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=2,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    try:
+        trainer.fit(task, data, ckpt_path=latest(run_dir))
+    finally:
+        guard = find(trainer, Guard)
+        assert guard is not None
+        norm = torch.stack([p.detach().double().square().sum() for p in task.parameters()]).sum()
+        told = {"seen": Spy.seen, "skipped": guard.skipped, "step": trainer.global_step, "norm": float(norm)}
+        (run_dir / f"process-{trainer.global_rank}.json").write_text(json.dumps(told))
+
+
+def start(run_dir: Path, devices: int, steps: int = 8, bad: str = "") -> subprocess.Popen[str]:
+    run_dir.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, str(run_dir), str(devices), str(steps), bad]
+    quiet = {"OMP_NUM_THREADS": "1", "PL_DISABLE_FORK": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **quiet})
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == status, said
+    return said
+
+
+def told(run_dir: Path, devices: int) -> list[dict[str, Any]]:
+    return [json.loads((run_dir / f"process-{rank}.json").read_text()) for rank in range(devices)]
+
+
+def test_one_bad_process_is_all_of_them(tmp_path: Path) -> None:
+    """The third step's first micro-batch is bad on process 1; process 0 must skip the step too, or wait for ever."""
+    said = finish(start(tmp_path, devices=2, bad="4"))
+    first, second = told(tmp_path, 2)
+    assert (first["skipped"], second["skipped"], first["step"], second["step"]) == (1, 1, 8, 8)
+    assert first["norm"] == second["norm"]
+    assert said.count("step 8/8") == 1  # process 1 is silent
+
+
+def test_the_error_says_where_it_was(tmp_path: Path) -> None:
+    said = finish(start(tmp_path, devices=2, bad="4,6,9"), status=1)
+    assert "comes out of backbone.blocks.1.ffn (SwiGLU), from finite inputs" in said
+    assert "(On process 1.)" in said
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_one_stops_all_at_one_step(tmp_path: Path, number: int, status: int) -> None:
+    process = start(tmp_path, devices=2, steps=200)
+    while not list((tmp_path / "checkpoints").glob("*.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = finish(process, status)
+    first, second = told(tmp_path, 2)
+    assert first["step"] == second["step"] < 200
+    assert f"Stopped by a signal at step {first['step']}" in said
+    finish(start(tmp_path, devices=2, steps=first["step"] + 4))
+    whole = tmp_path / "whole"
+    finish(start(whole, devices=2, steps=first["step"] + 4))
+    assert told(tmp_path, 2)[0]["norm"] == told(whole, 2)[0]["norm"]
+
+
+def test_another_number_of_processes_sees_the_same_data(tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    finish(start(alone, devices=1, steps=8))
+    finish(start(both, devices=2, steps=4))
+    begun = [a + b for a, b in zip(*(process["seen"] for process in told(both, 2)), strict=True)]
+    finish(start(both, devices=1, steps=6))
+    begun += told(both, 1)[0]["seen"]
+    finish(start(both, devices=2, steps=8))
+    begun += [a + b for a, b in zip(*(process["seen"] for process in told(both, 2)), strict=True)]
+    whole = told(alone, 1)[0]
+    assert begun == whole["seen"]
+    assert told(both, 2)[0]["norm"] == pytest.approx(whole["norm"], rel=1e-5)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,58 @@
+"""Every shipped run builds, and a wrong word in it is an error that names the word."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from memarch.arguments import TREES, get, read, shipped
+from memarch.config import ConfigError, decode
+from memarch.data.module import TokenData
+from memarch.models.lm import LM, LMConfig
+from memarch.run import RunConfig
+from memarch.training import main
+
+FILES = [f"configs/{file.relative_to(shipped())}" for kind in ("recall", "text") for file in sorted((shipped() / kind).glob("*.yaml"))]
+
+
+def test_there_is_one_per_kind():
+    assert {Path(file).stem for file in FILES if "/recall/" in file} >= {"default", "transformer", "window", "gated_delta", "hybrid"}
+    assert {Path(file).stem for file in FILES if "/text/" in file} >= {"transformer", "gated_delta", "hybrid"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_shipped_run_is_complete_and_builds(file):
+    data = read(file)
+    with torch.device("meta"):
+        model = LM(decode(LMConfig, data["model"], file))
+    assert sum(p.numel() for p in model.parameters()) == model.config.num_params()
+    for path, spec in TREES.items():
+        if (node := get(data, path)) is not None:
+            decode(spec, node, f"{file}: {path}")
+    loader = TokenData(**data["data"] | {name: decode(TREES[f"data.{name}"], node) for name, node in data["data"].items() if name in ("train", "val")})
+    assert loader.vocab_size <= model.config.vocab_size
+    RunConfig(**data.get("run", {}))
+    assert data["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("path", ["model", "model.parts", "mixer", "optim", "data.train"])
+def test_an_unknown_word_in_it_is_an_error(file, path):
+    data = copy.deepcopy(read(file))
+    if path == "mixer":
+        path, letter = "model", data["model"]["pattern"][0]
+        node = data["model"]["parts"][letter]["mixer"]
+    else:
+        node = get(data, path)
+        path = "model" if path.startswith("model") else path
+    node["hads"] = 4
+    with pytest.raises(ConfigError, match="hads"):
+        decode(TREES[path], get(data, path), path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_command_accepts_it(file, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", file, "--print_config"])
+    assert done.value.code == 0, capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""What holds for every operator, swept over the table `memarch.kernels.OPS` and over each op's implementations.
+
+An op enters the sweep through CASES: op -> cases, a case being the tensors of one call. `reference` in float64 is the truth.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memarch import kernels
+from memarch.kernels import OPS
+
+LENGTHS = (1, 2, 63, 64, 65, 130)
+
+
+class Case(NamedTuple):
+    name: str
+    inputs: dict[str, Any]  # keyword arguments; a float64 tensor gets a gradient
+    defined: Tensor | None = None  # [B, T]: outputs with [B, T, ...] count only there
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def ragged(T: int) -> tuple[Tensor, Tensor]:
+    """Three rows: no token, some, all; and which of their outputs are defined."""
+    lengths = torch.tensor([0, (T + 1) // 2, T])
+    return lengths, torch.arange(T) < lengths[:, None]
+
+
+def delta_rule(T: int, B: int = 3, H: int = 2, K: int = 5, V: int = 7) -> Iterator[Case]:
+    full = T in (2, 65)
+    for beta, g, state, lengths in [(i & 1, i & 2, i & 4, i & 8) for i in (range(16) if full else (0, 1, 2, 7, 15))]:
+        inputs = {"q": draw(B, T, H, K), "k": F.normalize(draw(B, T, H, K), dim=-1), "v": draw(B, T, H, V)}
+        inputs |= {"beta": draw(B, T, H).sigmoid() if beta else None, "g": -F.softplus(draw(B, T, H)) if g else None}
+        inputs["state"] = draw(B, H, K, V) if state else None
+        inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+        yield Case(f"T{T} " + " ".join(n for n, on in (("beta", beta), ("g", g), ("state", state), ("lengths", lengths)) if on), inputs, defined)
+
+
+def short_conv(T: int, B: int = 3, D: int = 5) -> Iterator[Case]:
+    for W, bias, state, lengths in ((1, 1, 1, 1), (2, 0, 0, 0), (4, 1, 0, 1), (4, 0, 1, 0), (4, 1, 1, 1), (7, 1, 1, 1)):
+        inputs = {"x": draw(B, T, D), "weight": draw(D, W), "bias": draw(D) if bias else None, "state": draw(B, W - 1, D) if state else None}
+        inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+        yield Case(f"T{T} W{W} " + "state " * state + "lengths" * lengths, inputs, defined)
+
+
+def attention(T: int, B: int = 3, H: int = 4, D: int = 6, V: int = 5) -> Iterator[Case]:
+    wide = {1: 3, 2: 1, 63: 16, 64: 70, 65: 200, 130: 33}[T]  # the window; 33 at 130 takes the path in blocks
+    for history, window, sinks, groups, pos, slopes in (
+        (0, None, 0, 4, 0, 0),
+        (3, None, 0, 1, 1, 1),
+        (0, wide, 0, 4, 0, 0),
+        (wide + 2, wide, 0, 2, 0, 1),
+        (wide - 1, wide, 0, 2, 1, 0),
+        (5, wide, 3, 2, 1, 0),
+        (2, wide, 3, 1, 1, 1),
+        (2, wide, 3, 4, 0, 0),
+        (0, None, 2, 2, 0, 0),
+    ):
+        inputs: dict[str, Any] = {"q": draw(B, T, H, D), "k": draw(B, history + T, groups, D), "v": draw(B, history + T, groups, V)}
+        inputs |= {"window": window, "pos": torch.tensor([0, min(1, history), history + 4]) if pos else None}
+        inputs["sink"] = (draw(B, sinks, groups, D), draw(B, sinks, groups, V)) if sinks else None
+        inputs["slopes"] = torch.rand(H, dtype=torch.float64) if slopes else None
+        yield Case(f"T{T} history{history} window{window} sinks{sinks} groups{groups} pos{pos} slopes{slopes}", inputs)
+
+
+def product_key_topk(T: int) -> Iterator[Case]:
+    yield Case(f"T{T}", {"s1": draw(2, T, 9), "s2": draw(2, T, 9), "k": 4})
+
+
+def weighted_bag(T: int) -> Iterator[Case]:
+    yield Case(f"T{T}", {"table": draw(11, 6), "ids": torch.randint(0, 11, (2, T, 5)), "weights": draw(2, T, 5)})
+
+
+CASES: dict[str, Callable[[int], Iterator[Case]]] = {
+    "attention": attention,
+    "delta_rule": delta_rule,
+    "product_key_topk": product_key_topk,
+    "short_conv": short_conv,
+    "weighted_bag": weighted_bag,
+}
+FAST = [(op, impl) for op in OPS for impl in OPS[op].IMPLEMENTATIONS if impl != "reference" and not OPS[op].why_not(impl, "cpu", torch.float64)]
+
+
+def test_every_op_has_cases():
+    assert set(CASES) == set(OPS), "an op in memarch.kernels.OPS is tested here: give it cases in CASES"
+
+
+def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The floating point tensors by name, also those of a pair."""
+    out = {}
+    for name, value in inputs.items():
+        for i, x in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                out[f"{name}{i}" if isinstance(value, tuple) else name] = x
+    return out
+
+
+def prepare(inputs: dict[str, Any], dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Any]:
+    """Fresh tensors, those of float64 in `dtype`."""
+
+    def fresh(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(fresh(y) for y in x)
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().to(dtype).clone().requires_grad_(grad) if x.dtype == torch.float64 else x.clone()
+
+    return {name: fresh(x) for name, x in inputs.items()}
+
+
+def run(op: str, inputs: dict[str, Any], impl: str | None, defined: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs and, for fixed cotangents, gradients of every floating point input, by name."""
+    out = getattr(OPS[op], op)(**inputs, impl=impl)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    if defined is not None:
+        outs[0] = outs[0] * defined.view(*defined.shape, *[1] * (outs[0].ndim - 2)).to(outs[0].dtype)
+    found = {f"output{i}": x.detach() for i, x in enumerate(outs)}
+    wanted = {name: x for name, x in leaves(inputs).items() if x.requires_grad}
+    if wanted:
+        seed = torch.Generator().manual_seed(1)
+        loss = sum((x * torch.randn(x.shape, generator=seed, dtype=torch.float64).to(x.dtype)).sum() for x in outs if x.requires_grad)
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        found |= {f"gradient of {name}": torch.zeros_like(x) if y is None else y for (name, x), y in zip(wanted.items(), grads, strict=True)}
+    return found
+
+
+def sweep(op: str, lengths: tuple[int, ...] = LENGTHS) -> Iterator[Case]:
+    return (case for T in lengths for case in CASES[op](T))
+
+
+def close(found: Tensor, truth: Tensor, tolerance: float, what: str) -> None:
+    torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("op, impl", FAST)
+def test_equals_reference(op, impl):
+    for case in sweep(op):
+        truth = run(op, prepare(case.inputs), "reference", case.defined)
+        found = run(op, prepare(case.inputs), impl, case.defined)
+        assert found.keys() == truth.keys()
+        for name in truth:
+            close(found[name], truth[name], 1e-10, f"{case.name}, {name}")
+
+
+@pytest.fixture
+def poison():
+    """Whatever `torch.empty` gives is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("op, impl", FAST)
+def test_reads_nothing_it_did_not_write(op, impl, poison):
+    for case in sweep(op, (1, 2, 65, 130)):
+        for name, x in run(op, prepare(case.inputs), impl).items():
+            assert x.isfinite().all(), f"{case.name}: {name}"
+
+
+@pytest.mark.parametrize("op, impl", FAST)
+def test_outputs_own_their_memory(op, impl):
+    """A view would keep a bigger buffer alive, and safetensors refuses it. One output may be the whole of its storage in another order."""
+    for case in sweep(op, (1, 2, 65, 130)):
+        for grad in (False, True):
+            inputs = prepare(case.inputs, grad=grad)
+            out = getattr(OPS[op], op)(**inputs, impl=impl)
+            given = {x.untyped_storage().data_ptr() for x in leaves(inputs).values() if x.numel()}
+            for x in out if isinstance(out, tuple) else ():
+                assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), case.name
+                assert not x.numel() or x.untyped_storage().data_ptr() not in given, case.name
+
+
+@pytest.mark.parametrize("op, impl", FAST)
+def test_inputs_are_left_alone(op, impl):
+    for case in sweep(op, (1, 65)):
+        inputs = prepare(case.inputs)
+        before = {name: x.detach().clone() for name, x in leaves(inputs).items()}
+        run(op, inputs, impl)
+        for name, x in leaves(inputs).items():
+            assert torch.equal(x, before[name]), f"{case.name}: {name}"
+
+
+LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "short_conv")]
+
+
+@pytest.mark.parametrize("op, impl", LOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_by_the_2x_3x_rule(op, impl, dtype):
+    """Everyone gets the same rounded inputs; the error against float64 is at most twice (gradients: three times) the reference's own at
+    that dtype. The floor allows sums of float32 in another order where the reference happens to round less."""
+    for case in sweep(op, (2, 64, 130)):
+        rounded = {n: x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() and n != "slopes" else x for n, x in case.inputs.items()}
+        if rounded.get("sink"):
+            rounded["sink"] = tuple(x.to(dtype).double() for x in rounded["sink"])
+        truth = run(op, prepare(rounded), "reference", case.defined)
+        plain, fast = (run(op, prepare(rounded, dtype), name, case.defined) for name in ("reference", impl))
+        for name in truth:
+            error, allowed = (rms(x[name].double() - truth[name]) for x in (fast, plain))
+            factor, floor = 3 if name.startswith("gradient") else 2, 16 * torch.finfo(torch.float32).eps * rms(truth[name])
+            assert error <= factor * allowed + floor, f"{case.name}, {name}: {error:.2e}, the reference {allowed:.2e}"
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T)
+    "attention": ((65, 3), (65, 6), (130, 4), (1, 4)),
+    "delta_rule": ((65, 15), (65, 0), (1, 4)),
+    "product_key_topk": ((2, 0),),
+    "short_conv": ((65, 4), (1, 4)),
+    "weighted_bag": ((2, 0),),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_graph_forward_and_backward(op):
+    for T, index in COMPILED[op]:
+        torch._dynamo.reset()
+        case = list(CASES[op](T))[index]
+        compiled = torch.compile(lambda inputs: getattr(OPS[op], op)(**inputs), fullgraph=True, backend="aot_eager")
+        plain, graph = prepare(case.inputs), prepare(case.inputs)
+        for a, b in zip(outs_and_grads(getattr(OPS[op], op)(**plain), plain), outs_and_grads(compiled(graph), graph), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+def outs_and_grads(out: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    outs = out if isinstance(out, tuple) else (out,)
+    wanted = [x for x in leaves(inputs).values() if x.requires_grad]
+    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in outs if x.requires_grad)
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*(x.detach() for x in outs), *(torch.zeros_like(x) if y is None else y for x, y in zip(wanted, grads, strict=True))]
+
+
+def test_forcing_is_seen_inside_a_graph():
+    torch._dynamo.reset()
+    inputs = prepare(next(CASES["delta_rule"](2)).inputs, grad=False)
+    compiled = torch.compile(lambda: kernels.delta_rule.delta_rule(**inputs)[0], fullgraph=True, backend="eager")
+    free = compiled()
+    with kernels.using("reference"):
+        assert torch.equal(compiled(), kernels.delta_rule.delta_rule(**inputs, impl="reference")[0])
+    assert torch.equal(compiled(), free)
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "short_conv"])
+def test_gradients_by_finite_differences(op):
+    for case in {"delta_rule": _tiny_delta(12), "short_conv": _tiny_conv(5)}[op]:
+        inputs = prepare(case.inputs)
+
+        def call(*xs: Tensor, inputs: dict[str, Any] = inputs) -> Any:
+            return getattr(OPS[op], op)(**inputs | dict(zip(leaves(inputs), xs, strict=True)))
+
+        assert torch.autograd.gradcheck(call, tuple(leaves(inputs).values()))
+
+
+def _tiny_delta(T: int) -> Iterator[Case]:
+    for beta, g in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        inputs = {"q": draw(1, T, 1, 2), "k": F.normalize(draw(1, T, 1, 2), dim=-1), "v": draw(1, T, 1, 3), "state": draw(1, 1, 2, 3)}
+        yield Case("", inputs | {"beta": draw(1, T, 1).sigmoid() if beta else None, "g": -draw(1, T, 1).exp() if g else None})
+
+
+def _tiny_conv(T: int) -> Iterator[Case]:
+    yield Case("", {"x": draw(2, T, 2), "weight": draw(2, 3), "bias": draw(2), "state": draw(2, 2, 2), "lengths": torch.tensor([1, T])})
+
+
+STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "short_conv": ("x",)}
+
+
+@pytest.mark.parametrize("op", STATEFUL)
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("cuts", [[1] * 70, [35, 35], [1, 33, 3, 32, 1], [64, 6]], ids=["single", "halves", "ragged", "64+6"])
+def test_pieces_equal_whole(op, impl, cuts):
+    case = {"delta_rule": lambda: list(delta_rule(70))[3], "short_conv": lambda: list(short_conv(70))[3]}[op]()
+    inputs = prepare({**case.inputs, "lengths": None})
+    whole = outs_and_grads(getattr(OPS[op], op)(**inputs, impl=impl), inputs)
+    inputs, outs = prepare({**case.inputs, "lengths": None}), []
+    state, begin = inputs["state"], 0
+    for n in cuts:
+        piece = {name: x[:, begin : begin + n] if name in STATEFUL[op] and x is not None else x for name, x in inputs.items()}
+        out, state = getattr(OPS[op], op)(**{**piece, "state": state}, impl=impl)
+        outs.append(out)
+        begin += n
+    for a, b in zip(whole, outs_and_grads((torch.cat(outs, 1), state), inputs), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", STATEFUL)
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("T", [1, 65])
+def test_pads_are_invisible(op, impl, T):
+    """Whatever stands behind a row's end: same outputs, same state, no gradient there. A row without tokens keeps its state."""
+    case = list(CASES[op](T))[-1]
+    other = dict(case.inputs)
+    for name in STATEFUL[op]:
+        x = case.inputs[name]
+        mask = case.defined.view(3, T, *[1] * (x.ndim - 2))
+        other[name] = torch.where(mask, x, -7.0 * torch.ones_like(x))
+    a, b = (run(op, prepare(inputs), impl, case.defined) for inputs in (case.inputs, other))
+    for name in a:
+        close(a[name], b[name], 1e-12, name)
+    for name in STATEFUL[op]:
+        assert (b[f"gradient of {name}"][~case.defined] == 0).all(), name
+    assert torch.equal(a["output1"][0], case.inputs["state"][0])
+
+
+@pytest.mark.parametrize("op", STATEFUL)
+def test_only_some_inputs_need_a_gradient(op):
+    case = list(CASES[op](65))[-1]
+    everything = run(op, prepare(case.inputs), "torch", case.defined)
+    for name in leaves(case.inputs):
+        inputs = prepare(case.inputs, grad=False)
+        inputs[name].requires_grad_()
+        alone = run(op, inputs, "torch", case.defined)
+        torch.testing.assert_close(alone[f"gradient of {name}"], everything[f"gradient of {name}"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", STATEFUL)
+@pytest.mark.parametrize("used", [0, 1])
+def test_only_one_output_is_used(op, used):
+    case = list(CASES[op](65))[-2]
+    found = []
+    for impl in ("reference", "torch"):
+        inputs = prepare(case.inputs)
+        out = getattr(OPS[op], op)(**inputs, impl=impl)[used]
+        if case.defined is not None and not used:
+            out = out * case.defined.view(*case.defined.shape, *[1] * (out.ndim - 2))
+        grads = torch.autograd.grad(out.square().sum(), list(leaves(inputs).values()), allow_unused=True)
+        found.append([torch.zeros_like(x) if y is None else y for x, y in zip(leaves(inputs).values(), grads, strict=True)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+def test_opcheck():
+    from memarch.kernels.delta_rule import torch_impl as delta
+    from memarch.kernels.short_conv import torch_impl as conv
+
+    for case in (list(delta_rule(65))[i] for i in (0, 7)):
+        x = prepare(case.inputs)
+        torch.library.opcheck(delta.operator, (*(x[n] for n in ("q", "k", "v", "beta", "g", "state")), True))
+    for case in (list(short_conv(7))[i] for i in (1, 4)):
+        x = prepare(case.inputs)
+        torch.library.opcheck(conv.operator, tuple(x[n] for n in ("x", "weight", "bias", "state", "lengths")))
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "short_conv"])
+def test_flops_are_counted(op):
+    """Inside the operators, forward and backward; without a graph the matrix products are counted one by one, which must agree."""
+    T = 128
+    inputs = prepare({"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "short_conv": list(short_conv(T))[4]}[op].inputs)
+    with kernels.flop_counter() as counter:
+        outs_and_grads(getattr(OPS[op], op)(**inputs), inputs)
+    count = {str(name).rsplit(".", 1)[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
+    assert count[op] > 0
+    assert 1.5 <= count[f"{op}_backward"] / count[op] <= 4
+    if op == "delta_rule":
+        with kernels.flop_counter() as counter, torch.no_grad():
+            getattr(OPS[op], op)(**inputs)
+        assert math.isclose(counter.get_total_flops(), count[op], rel_tol=0.1)

@@ -1,0 +1,7 @@
+"""Train: `python train.py` runs the default, `python train.py fit --config configs/recall/hybrid.yaml --optim.lr 1e-3` another one."""
+
+from memarch.models.lm import LM
+from memarch.training import main
+
+if __name__ == "__main__":
+    main(build=LM)
