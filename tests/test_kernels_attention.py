@@ -58,9 +58,10 @@ def test_streaming_with_a_padded_history_equals_whole(impl, window):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_sinks_continue_a_window(impl):
+@pytest.mark.parametrize("window", [16, 32, 40])
+def test_sinks_continue_a_window(impl, window):
     """The first P positions stay visible for ever, and near the start, where the window still covers them, they count once."""
-    T, P, window = 150, 3, 16
+    T, P = 150, 3
     q, k, v = qkv(T)
     o = attention(q, k, v, window=window, sink=(k[:, :P], v[:, :P]), impl=impl)
     far = torch.arange(T)[:, None] - torch.arange(T)

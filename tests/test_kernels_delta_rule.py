@@ -75,6 +75,18 @@ def test_gate_zero_is_no_gate(beta):
         torch.testing.assert_close(a, c)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("T", [1, 70])
+def test_pads_answer_zero_whatever_they_hold(impl, T):
+    """Even NaN: what stands there may never have been computed."""
+    real = (torch.arange(T) < torch.tensor([0, T])[:, None])[..., None]
+    xs = [torch.where(real[..., None] if x.ndim == 4 else real, x, torch.nan).requires_grad_() for x in inputs(T)]
+    o, state = delta_rule(*xs, draw(2, 2, 6, 5), lengths=torch.tensor([0, T]), impl=impl)
+    assert (o[0] == 0).all() and o.isfinite().all() and state.isfinite().all()
+    for x in torch.autograd.grad(o.sum() + state.sum(), xs):
+        assert (x[0] == 0).all() and x.isfinite().all()
+
+
 def test_no_future():
     q, k, v, beta, g = inputs(100)
     before = delta_rule(q, k, v, beta, g)[0]

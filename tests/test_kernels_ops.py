@@ -52,7 +52,7 @@ def short_conv(T: int, B: int = 3, D: int = 5) -> Iterator[Case]:
 
 
 def attention(T: int, B: int = 3, H: int = 4, D: int = 6, V: int = 5) -> Iterator[Case]:
-    wide = {1: 3, 2: 1, 63: 16, 64: 70, 65: 200, 130: 33}[T]  # the window; 33 at 130 takes the path in blocks
+    wide = {1: 3, 2: 1, 63: 16, 64: 70, 65: 200, 130: 32}[T]  # the window; 32 at 130 takes the path in blocks of 32
     for history, window, sinks, groups, pos, slopes in (
         (0, None, 0, 4, 0, 0),
         (3, None, 0, 1, 1, 1),

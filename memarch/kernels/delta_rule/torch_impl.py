@@ -34,10 +34,10 @@ Maybe = Tensor | None
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, state: Maybe, lengths: Maybe) -> tuple[Tensor, Tensor]:
-    if lengths is not None:  # a token with k = 0 and g = 0 changes nothing, one with q = 0 answers 0
+    if lengths is not None:  # a token of zeros changes nothing and answers 0
         pad = (torch.arange(q.shape[1], device=q.device) >= lengths[:, None])[:, :, None]  # [B, T, 1]
         q, k, v = (x.masked_fill(pad[..., None], 0) for x in (q, k, v))
-        g = None if g is None else g.masked_fill(pad, 0)
+        beta, g = (x if x is None else x.masked_fill(pad, 0) for x in (beta, g))
     if q.shape[1] == 1:
         return step(q, k, v, beta, g, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
@@ -278,8 +278,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _gradients(ctx: Any, do: Maybe, dstate: Maybe, *_: None) -> tuple[Maybe, ...]:
     do, dstate = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, dstate), ctx.like, strict=True))
-    dq, dk, dv, dbeta, dg, dS = chunked_backward(do, dstate, *ctx.saved_tensors)
-    _, _, _, beta, g, _, _ = ctx.saved_tensors
+    q, k, v, beta, g, states, inverse = ctx.saved_tensors  # asked for once: recomputation gives them out only once
+    dq, dk, dv, dbeta, dg, dS = chunked_backward(do, dstate, q, k, v, beta, g, states, inverse)
     return dq, dk, dv, None if beta is None else dbeta, None if g is None else dg, None if ctx.state_dtype is None else dS.to(ctx.state_dtype), None
 
 
