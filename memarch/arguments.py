@@ -5,7 +5,6 @@ them: read from files, filled from a preset, changed by flags of any depth, and 
 key, list what is allowed and suggest the nearest. Everything goes in the order it is said in, and what is named is replaced.
 """
 
-import difflib
 import json
 import re
 import types
@@ -14,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from memarch.config import ConfigError, decode, encode, override, require
+from memarch.config_file import near, read, scalar
 from memarch.data import DataConfig
 from memarch.models.lm import LMConfig
 from memarch.models.presets import preset
@@ -25,58 +23,6 @@ from memarch.optim import OptimConfig
 TREES: dict[str, Any] = {"model": LMConfig, "optim": OptimConfig, "data.train": DataConfig, "data.val": DataConfig | None}
 SEEDS = ("seed_everything", "task.seed", "data.seed")  # what --seed sets
 RESOLVED = "config.yaml"  # in the folder of a run
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-class Loader(yaml.SafeLoader):
-    """YAML in which 5e-3 is a number and NO, ON and Y are words: they are fine patterns of layers."""
-
-
-SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+", "-+0123456789"),
-    "float": (r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-}
-Loader.yaml_implicit_resolvers = {}
-for tag, (pattern, first) in SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
-
-
-def shipped() -> Path:
-    """The folder of complete runs: beside the package in a checkout, inside it in a wheel."""
-    here = Path(__file__).resolve().parent
-    beside = here.parent / "configs"
-    return beside if (beside / "recall").is_dir() else here / "configs"
-
-
-def find(name: str) -> Path:
-    """A config file. configs/... is also found where the package is installed without a checkout."""
-    path = Path(name).expanduser()
-    if not path.exists() and path.parts[:1] == ("configs",):
-        path = shipped().joinpath(*path.parts[1:])
-    if not path.is_file():
-        known = {f"configs/{file.relative_to(shipped())}" for file in shipped().rglob("*.yaml")}
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"config file {name} {what}.{near(name, known)} Shipped: {', '.join(sorted(known)) or 'none'}.")
-    return path
-
-
-def read(name: str) -> dict[str, Any]:
-    path = find(name)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{name} is not text in UTF-8; a config is YAML or JSON.") from None
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        where = f", line {mark.line + 1}" if mark else ""
-        why = "a tab; YAML wants spaces, so replace it with two" if "'\\t'" in problem else f"not YAML: {' '.join(problem.split())}"
-        raise ConfigError(f"{name}{where}: {why}.") from None
-    require(isinstance(data, dict), f"{name}: expected a mapping such as `model: ...`, got {data!r}.")
-    return data
 
 
 # ------------------------------------------------------------------------------------------------ settling
@@ -90,7 +36,7 @@ class Settled:
         self.known = known
         self.files: list[str] = []
         self.argv: list[str] = []
-        said = list(pairs(argv, known))
+        said = list(pairs(argv))
         self.print = any(name == "print_config" for name, _ in said)
         if not any(name in ("config", "resume") for name, _ in said):
             said.insert(0, ("config", default))
@@ -176,7 +122,7 @@ class Settled:
                 self.check(value, path, name)
 
     def unknown(self, path: str, where: str = "") -> None:
-        """Fine where something known ends in a dot above it (the arguments of a class named in data); else an error."""
+        """An error, but not below an argument that is a whole of its own: the arguments of a logger are known to its class only."""
         parent, _, _ = path.rpartition(".")
         above = parent
         while above:
@@ -184,36 +130,28 @@ class Settled:
                 return
             above = above.rpartition(".")[0]
         level = parent.count(".") + 2 if parent else 1
-        siblings = {".".join(known.split(".")[:level]) for known in (self.known | set(TREES)) if not parent or known.startswith(f"{parent}.")}
-        if not siblings:
-            siblings = {known.split(".")[0] for known in self.known | set(TREES)}
-        everything = (
-            self.known | {f"optim.{field}" for field in OptimConfig.__dataclass_fields__} | {f"model.{field}" for field in LMConfig.__dataclass_fields__}
-        )
-        raise ConfigError(f"{where}unknown argument {path!r}.{near(path, siblings | everything)} Allowed: {', '.join(sorted(siblings))}.")
+        siblings = {".".join(known.split(".")[:level]) for known in self.known if not parent or known.startswith(f"{parent}.")}
+        siblings = siblings or {known.split(".")[0] for known in self.known}
+        raise ConfigError(f"{where}unknown argument {path!r}.{near(path, siblings | self.known)} Allowed: {', '.join(sorted(siblings))}.")
 
 
-def pairs(argv: list[str], known: set[str]) -> Iterable[tuple[str, str | None]]:
+def pairs(argv: list[str]) -> Iterable[tuple[str, str | None]]:
     """(name, value) of every flag; a word that belongs to no flag has the name ""."""
-    words = iter(range(len(argv)))
-    for i in words:
-        word = argv[i]
-        if not word.startswith("-") or is_number(word):
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not is_flag(word):
             yield "", word
             continue
         name, equals, value = word.lstrip("-").partition("=")
-        name = {"c": "config"}.get(name, name)
-        if equals:
-            yield name, value
-        elif i + 1 < len(argv) and (not argv[i + 1].startswith("-") or is_number(argv[i + 1])):
-            next(words)
-            yield name, argv[i + 1]
-        else:
-            yield name, None
+        if not equals and words and not is_flag(words[0]):
+            value = words.pop(0)
+            equals = "="
+        yield {"c": "config"}.get(name, name), value if equals else None
 
 
-def is_number(word: str) -> bool:
-    return re.fullmatch(r"-[0-9.]+([eE][-+]?[0-9]+)?", word) is not None
+def is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-[0-9.]+([eE][-+]?[0-9]+)?", word)
 
 
 def needed(name: str, value: str | None) -> str:
@@ -230,16 +168,13 @@ def inside(name: str) -> str | None:
     return next((path for path in TREES if name == path or name.startswith(f"{path}.")), None)
 
 
-def scalar(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError:
-        return text
-
-
 def get(data: Any, path: str) -> Any:
+    """The node at a dotted path, or None."""
     for key in path.split("."):
-        data = data.get(key) if isinstance(data, Mapping) else data[int(key)] if isinstance(data, list) and key.isdigit() and int(key) < len(data) else None
+        if isinstance(data, list):
+            data = data[int(key)] if key.isdigit() and int(key) < len(data) else None
+        else:
+            data = data.get(key) if isinstance(data, Mapping) else None
     return data
 
 
@@ -258,14 +193,6 @@ def resumed(folder: str) -> str:
     file = Path(folder).expanduser() / RESOLVED
     require(file.is_file(), f"--resume {folder}: no {RESOLVED} there, so it is not the folder of a run. Runs are in runs/<name>/<time>.")
     return str(file)
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, or the one that ends in this name: --lr is optim.lr."""
-    known = sorted(known)
-    ends = [full for full in known if full.rpartition(".")[2] == name]
-    close = ends[:1] or difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 # ------------------------------------------------------------------------------------------------ Lightning's own arguments

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in given
     try:
-        return run([word for word in given if word != "--debug"])
+        return run([word for word in given if word != "--debug"], debug)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `memarch list | head`: whoever read has seen enough
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], debug: bool) -> int:
     if argv and argv[0] == "train":  # its options are not known here, and --help is its own
         from memarch import training
 
-        training.main(argv[1:])
+        training.main([*argv[1:], *(["--debug"] if debug else [])])
         return 0
     args = parser_for(argv).parse_args(argv)
     if args.command is None:

@@ -12,9 +12,10 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -188,6 +189,9 @@ class Command(LightningCLI):
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
             if self.said.export and self.trainer.is_global_zero:
                 export(self.model.model, self.folder / "export", metrics, self.resolved(), shlex.join(["memarch", "train", *self.words]))
+            if dist.is_initialized():  # processes that leave one by one sometimes abort
+                dist.barrier()
+                dist.destroy_process_group()
         else:
             require(found is not None, "validate needs trained weights: --resume FOLDER of a run, or --ckpt_path FILE.")
             metrics = dict(self.trainer.validate(self.model, self.datamodule, ckpt_path=found, verbose=False)[0])
@@ -238,10 +242,9 @@ def main(argv: list[str] | None = None, *, build: Callable[..., LM] = LM) -> Run
         fail(error, words, 2)
     except NonFinite as error:
         fail(error, words, 1)
-    raise AssertionError
 
 
-def fail(error: Exception, words: list[str], status: int) -> None:
+def fail(error: Exception, words: list[str], status: int) -> NoReturn:
     if "--debug" in words:
         raise error
     print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from memarch.callbacks import AtomicIO, Checkpoints, Guard, Metrics, Stopped, default_callbacks, latest
 from memarch.callbacks.files import checkpoints, place, whole
@@ -131,6 +132,24 @@ def test_a_finished_run_takes_no_step(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "This run is finished: 6 of 6 steps are done." in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert ((tmp_path / "metrics.csv").read_text(), names(tmp_path)) == (table, files)
+
+
+def test_a_run_that_stopped_early_is_finished_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> list[Any]:
+        return [EarlyStopping("val/accuracy", mode="max", stopping_threshold=-1.0, check_on_train_epoch_end=False), *default_callbacks(tmp_path, bar=False)]
+
+    fit(tmp_path, steps=8, callbacks=stop())
+    assert latest(tmp_path) == place(tmp_path, 3)  # the first validation
+    fit(tmp_path, steps=8, callbacks=stop())
+    assert "This run is finished: it stopped early, at step 3." in capsys.readouterr().out
+    assert latest(tmp_path) == place(tmp_path, 3)
+    fit(tmp_path, steps=8)
+    assert latest(tmp_path) == place(tmp_path, 8)
+
+
+def test_a_trial_leaves_no_checkpoint(tmp_path: Path) -> None:
+    fit(tmp_path, fast_dev_run=2)
+    assert latest(tmp_path) is None
 
 
 def test_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,10 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
-        self.sick: dict[str, bool] = {"output": False, "gradient": False}
+        self.sick: dict[str, bool] = {"inside": False, "output": False, "gradient": False}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x + self.inner(x)
+        y = x + self.inner(x / 0.0 if self.sick["inside"] else x)
         if self.sick["output"]:
             y = y / 0.0
         if self.sick["gradient"] and y.requires_grad:
@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 class Toy(LightningModule):
-    """bad(micro-batch) names what goes wrong then: "output" or "gradient" of the middle block, or "loss"."""
+    """bad(micro-batch) names what goes wrong then: "inside", "output" or "gradient" of the middle block, or "loss", whose gradient is fine."""
 
     def __init__(self, bad: Any = lambda index: None):
         super().__init__()
@@ -54,10 +54,10 @@ class Toy(LightningModule):
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         bad = self.bad(index)
-        self.model.blocks[1].sick = {name: name == bad for name in ("output", "gradient")}
+        self.model.blocks[1].sick = {name: name == bad for name in ("inside", "output", "gradient")}
         y = self.model(batch) + (0.0 if self.carried is None else self.carried)
         self.carried = y.detach().mean(0)
-        return y.square().mean() * (float("inf") if bad == "loss" else 1.0)
+        return y.square().mean() + (float("inf") if bad == "loss" else 0.0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -127,11 +127,12 @@ def test_patience_counts_in_a_row(tmp_path: Path) -> None:
         fit(Toy(lambda index: "loss" if index in (2, 3) else None), Guard(patience=2), tmp_path)
 
 
+@pytest.mark.parametrize("bad", ["inside", "output"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_error_names_the_layer(tmp_path: Path, accumulate: int) -> None:
-    """Its inner linear map is innocent, and so is the third block, whose output is as bad but whose input is too."""
+def test_the_error_names_the_layer(tmp_path: Path, accumulate: int, bad: str) -> None:
+    """Its inner linear map is innocent even where its output is the first bad one: so was its input. And so is the third block."""
     with pytest.raises(NonFinite, match=r"comes out of blocks\.1 \(Layer\), from finite inputs: \d+ NaN and \d+ infinite among 16") as told:
-        fit(Toy(lambda index: "output" if index >= 2 else None), Guard(2), tmp_path, accumulate)
+        fit(Toy(lambda index: bad if index >= 2 else None), Guard(2), tmp_path, accumulate)
     assert "step" in str(told.value)
     assert "lower learning rate (now 0.01), a longer warm-up" in str(told.value)
 

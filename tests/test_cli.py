@@ -77,7 +77,8 @@ def test_train_gets_the_words_behind_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "memarch.training", argparse.Namespace(main=given.append))
     monkeypatch.setattr("memarch.training", sys.modules["memarch.training"], raising=False)
     assert cli.main(["train", "fit", "--config", "x.yaml", "--help"]) == 0
-    assert given == [["fit", "--config", "x.yaml", "--help"]]
+    assert cli.main(["--debug", "train", "fit"]) == 0
+    assert given == [["fit", "--config", "x.yaml", "--help"], ["fit", "--debug"]]
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -112,7 +113,7 @@ MISTAKES = {
     "task as JSON": ("evaluate {model} --task {{'kind':'mqar'}}", r"--task: not JSON .*double quotes"),
     "option of another task": ("evaluate {model} --task mqar --copies 3", r"--copies is not for mqar, which takes --examples, --filler"),
     "impossible pairs": ("evaluate {model} --task mqar --lengths 8 --pairs 16", r"no cell of the grid is possible. length 8, pairs 16"),
-    "odd length": ("evaluate {model} --task mqar --lengths 63 --pairs 4", r"length = 63: must be even"),
+    "odd length": ("evaluate {model} --task mqar --lengths 63 --pairs 4", r"length must be even"),
     "vocabulary": ("evaluate {model} --task mqar --vocab-size 512", r"the model knows 256 tokens"),
     "device": ("evaluate {model} --task mqar --device gpu7", r"--device gpu7: no such device"),
     "no text": ("evaluate {model} --task text --path {at}/nowhere.txt", r"no such file or folder"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from memarch.arguments import TREES, get, read, shipped
+from memarch.arguments import TREES, get
 from memarch.config import ConfigError, decode
+from memarch.config_file import read, shipped
 from memarch.data.module import TokenData
 from memarch.models.lm import LM, LMConfig
 from memarch.run import RunConfig

@@ -90,6 +90,15 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", TASKS)
+def test_a_gpu_says_what_a_cpu_says(task):
+    model = create_model("hybrid-tiny", seed=1)
+    here, there = (evaluate(model.to(device), task, chunk=13, **SMALL[task]) for device in ("cpu", "cuda"))
+    for a, b in zip(here.rows, there.rows, strict=True):
+        assert a[here.metric] == pytest.approx(b[here.metric], rel=1e-3, abs=0.1)  # a tie may fall the other way
+
+
 # ------------------------------------------------------------------------------------------------ models whose answers are known
 
 
@@ -148,7 +157,8 @@ def test_estimate_is_the_error_over_examples_not_over_tokens():
 def test_impossible_cells_are_skipped_with_the_reason():
     table = evaluate(Uniform(), "mqar", lengths=(16, 64), pairs=(8,), examples=2)
     assert [row["length"] for row in table.rows] == [64]
-    assert table.skipped == ("length 16, pairs 8: 8 pairs need a length of at least 32: two tokens each to tell, two to ask.",)
+    (reason,) = table.skipped
+    assert reason.startswith("length 16, pairs 8: ") and "a pair takes two tokens to tell and two to ask" in reason
 
 
 def test_lengths_beyond_the_vocabulary_are_fine():
@@ -196,7 +206,7 @@ BAD = {
     "unknown field": (lambda: make_task({"kind": "mqar", "pair": [4]}), r"mqar: unknown key 'pair'. Did you mean 'pairs'\?"),
     "no example": (lambda: make_task("copy", examples=0), r"examples = 0: must be at least 1"),
     "empty axis": (lambda: make_task("needle", depths=()), r"depths is empty: give at least one value"),
-    "nothing possible": (lambda: evaluate(Uniform(), "mqar", lengths=(8,), pairs=(16,)), r"no cell of the grid is possible. length 8, pairs 16: 16 pairs need"),
+    "nothing possible": (lambda: evaluate(Uniform(), "mqar", lengths=(8,), pairs=(16,)), r"no cell of the grid is possible. length 8, pairs 16: "),
     "vocabulary": (lambda: evaluate(Uniform(), "mqar", vocab_size=512), r"vocab_size = 512: the model knows 256 tokens"),
     "text of other tokens": (lambda: evaluate(Copycat(vocab_size=100), "text"), r"256 different tokens and the model knows 100"),
     "no such text": (lambda: evaluate(Uniform(), "text", path="/no/such/file"), r"no such file or folder"),

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from memarch import from_pretrained
-from memarch.arguments import read, shipped
+from memarch.config_file import read, shipped
 from memarch.training import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,16 +20,15 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from memarch.callbacks.files import AtomicIO, keep, latest, place, sweep
 from memarch.callbacks.metrics import pause
-from memarch.callbacks.together import anywhere, everyone
+from memarch.callbacks.together import anywhere, everyone, find
 from memarch.config import ConfigError, encode
 
 KEY = "memarch"  # our part of the checkpoint
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -52,7 +51,6 @@ class Checkpoints(Checkpoint):
         self.clock = time.monotonic()
         self.random: dict[str, Any] | None = None  # to be put back before the first batch of a resumed run
         self.signal: int | None = None
-        self.handlers: dict[int, Any] = {}
         self.running = False
 
     # ---------------------------------------------------------------------------------------------- when
@@ -66,8 +64,10 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step, self.clock, self.signal, self.running = trainer.global_step, time.monotonic(), None, True
         if threading.current_thread() is threading.main_thread():
-            # In place of Lightning's handler, which lets a step be the last but saves nothing and exits with status 0.
-            self.handlers = {number: signal.signal(number, self.receive) for number in SIGNALS}
+            # In place of Lightning's handler, which lets a step be the last but saves nothing and exits with status 0. At the end, also after
+            # an error, Lightning puts back what was there before the run.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.receive)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The end of one step is the beginning of the next: Lightning has no hook between a step's validation and the next batch."""
@@ -89,21 +89,21 @@ class Checkpoints(Checkpoint):
         self.batches += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.release()
         if self.saved != trainer.global_step:
             self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.release()
-        if self.running and trainer.is_global_zero and (path := latest(self.run_dir)):
+        if self.running and (path := latest(self.run_dir)):
             why = "Stopped by a signal" if isinstance(exception, Stopped) else "Training failed"
-            print(f"{why} at step {trainer.global_step}. --resume {self.run_dir} goes on from {path.name}.", flush=True)
+            tell(trainer, f"{why} at step {trainer.global_step}. --resume {self.run_dir} goes on from {path.name}.")
 
     def due(self, trainer: Trainer) -> bool:
         by_time = self.minutes is not None and trainer.is_global_zero and time.monotonic() - self.clock >= 60 * self.minutes
         return by_time or (self.every is not None and trainer.global_step % self.every == 0)
 
     def save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial, which nobody wants to go on from
         with pause(trainer):
             trainer.save_checkpoint(place(self.run_dir, trainer.global_step), weights_only=False)
         self.saved, self.clock = trainer.global_step, time.monotonic()
@@ -113,7 +113,12 @@ class Checkpoints(Checkpoint):
     # ---------------------------------------------------------------------------------------------- what
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = {"batches": self.batches, "data": json.dumps(data_of(trainer)), "random": everyone(random_state(pl_module.device))}
+        checkpoint[KEY] = {
+            "batches": self.batches,
+            "data": json.dumps(data_of(trainer)),
+            "random": everyone(random_state(pl_module.device)),
+            "stopped": trainer.should_stop,  # at the end of a run: it was asked to end before its last step
+        }
         settle(checkpoint["loops"]["fit_loop"], endless=trainer.num_training_batches == float("inf"))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -130,8 +135,11 @@ class Checkpoints(Checkpoint):
             data.start_step = self.batches
         else:
             rank_zero_warn(f"this run resumes after {self.batches} batches, but its data cannot begin there (no `start_step`): they are seen again.")
-        if 0 <= trainer.max_steps <= self.saved and trainer.is_global_zero:
-            print(f"This run is finished: {self.saved} of {trainer.max_steps} steps are done. A larger trainer.max_steps goes on from here.", flush=True)
+        if 0 <= trainer.max_steps <= self.saved:
+            tell(trainer, f"This run is finished: {self.saved} of {trainer.max_steps} steps are done. A larger trainer.max_steps goes on from here.")
+        elif checkpoint[KEY]["stopped"] and find(trainer, EarlyStopping):
+            trainer.should_stop = True
+            tell(trainer, f"This run is finished: it stopped early, at step {self.saved}. Without the early stop it goes on from here.")
 
     # ---------------------------------------------------------------------------------------------- signals
 
@@ -141,10 +149,10 @@ class Checkpoints(Checkpoint):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C (again) stops at once, without.\n")
 
-    def release(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+
+def tell(trainer: Trainer, text: str) -> None:
+    if trainer.is_global_zero:
+        print(text, flush=True)
 
 
 def settle(fit: dict[str, Any], endless: bool) -> None:

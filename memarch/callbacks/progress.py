@@ -34,13 +34,13 @@ class Bar(ProgressBar):
         self.next = 0  # the step that gets the next line
 
     def disable(self) -> None:
+        """Lightning calls it on every process but the first."""
         self.enabled = False
 
     def enable(self) -> None:
         self.enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.enabled &= trainer.is_global_zero
         self.total = trainer.max_steps if trainer.max_steps > 0 else None
         self.step = self.first = trainer.global_step
         self.began, self.spoke, self.next = time.monotonic(), 0.0, self.step + 1
@@ -100,7 +100,7 @@ class Bar(ProgressBar):
         took = time.monotonic() - self.validating
         self.began += took  # ETA is about training
         found = values(trainer, "val")
-        if self.enabled and trainer.is_global_zero and found and not trainer.sanity_checking:
+        if self.enabled and found and not trainer.sanity_checking:
             told = "  ".join(f"val {name} {value}" for name, value in found.items())
             self.print(f"step {self.count()}  {told}  ({took:.1f} s)")
             self.draw(self.text(trainer))

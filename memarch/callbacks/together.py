@@ -18,7 +18,7 @@ def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
 def told(trainer: Trainer, step: int) -> bool:
     """Whether the task logs this step, the first being 1: then its numbers are those of the step, else of an earlier one."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return step % every == 0 or step in (1, trainer.max_steps)
+    return (every > 0 and step % every == 0) or step in (1, trainer.max_steps)
 
 
 def several() -> bool:

@@ -28,21 +28,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, help="tokens at once, the state carried between: speed and memory, no number")
     parser.add_argument("--out", help="folder for JSON, CSV and figure (default: evaluation/ in the model's folder, or here)")
     parser.add_argument("--pdf", action="store_true", help="the figure as PDF too")
-    settings = parser.add_argument_group("what is asked")
+    settings = parser.add_argument_group("what is asked", "the tasks that have the option, each with its default")
     for name, (words, owners) in options().items():
-        settings.add_argument(f"--{name.replace('_', '-')}", dest=f"task_{name}", help=f"for {', '.join(owners)}", **words)
+        about = "; ".join(f"{task}{f': {default}' if default else ''}" for task, default in owners.items())
+        settings.add_argument(f"--{name.replace('_', '-')}", dest=f"task_{name}", help=about, **words)
 
 
-def options() -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """Every field of every task, as argparse takes it, and the tasks that have it."""
+def options() -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """Every field of every task, as argparse takes it, and its default for every task that has it."""
     from memarch.evaluation import TASKS
 
-    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    found: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
     for task, cls in TASKS.items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.name != "kind":
-                found.setdefault(field.name, (_words(hints[field.name]), []))[1].append(task)
+                default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else "" if field.default is None else str(field.default)
+                found.setdefault(field.name, (_words(hints[field.name]), {}))[1][task] = default
     return found
 
 

@@ -130,7 +130,7 @@ def name_ends(ax: Axes, lines: Sequence[Line], tints: Sequence[Any]) -> None:
     inches = ax.get_window_extent().height / ax.figure.dpi if ax.figure else 1.5
     step = (high - low) * 0.14 / max(inches, 0.5)  # one line of 7-point text
     right = max(v for line in lines for v in line.x)
-    order = sorted(range(len(lines)), key=lambda i: (round(lines[i].y[-1] / step), -i))  # where lines meet, names go in the lines' order
+    order = sorted(range(len(lines)), key=lambda i: (round(lines[i].y[-1] / (high - low), 2), -i))  # where lines meet, names go in the lines' order
     places: list[float] = []
     for i in order:
         places.append(max(lines[i].y[-1], places[-1] + step if places else low + step / 2))

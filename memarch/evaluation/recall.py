@@ -48,7 +48,7 @@ class RecallTask:
             try:
                 cells.append((settings, self.source(vocab, **settings)))
             except ConfigError as error:
-                skipped.append(f"{label(settings)}: {error}")
+                skipped.append(f"{label(settings)}: {str(error).removeprefix(f'{self.kind}: ')}")
         require(bool(cells), "no cell of the grid is possible. " + " ".join(skipped[:3]))
         return cells, skipped
 
@@ -87,18 +87,6 @@ class RecallTask:
         return row, by_gap
 
 
-class Recall(MQAR):
-    """MQAR at any length. The published generator wants length < vocab_size, a rule for training sets; nothing in the task needs it, and a
-    model is asked here at lengths beyond those it was trained at."""
-
-    def __post_init__(self) -> None:
-        ((length, pairs),) = self.settings
-        require(length % 2 == 0, f"length = {length}: must be even, because keys stand on every second position.")
-        require(pairs >= 1 and 4 * pairs <= length, f"{pairs} pairs need a length of at least {4 * pairs}: two tokens each to tell, two to ask.")
-        vocab = self.vocab_size
-        require(vocab % 2 == 0 and pairs < vocab // 2, f"{pairs} pairs need an even vocab_size of at least {2 * pairs + 2}, not {vocab}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class MQARTask(RecallTask):
     kind: Literal["mqar"] = "mqar"
@@ -110,7 +98,7 @@ class MQARTask(RecallTask):
     grid: ClassVar[dict[str, str]] = {"length": "lengths", "pairs": "pairs"}
 
     def source(self, vocab_size: int, *, length: int, pairs: int) -> Source:  # type: ignore[override]
-        return Recall(settings=((length, pairs),), vocab_size=vocab_size, power=self.power, filler=self.filler)
+        return MQAR(settings=((length, pairs),), vocab_size=vocab_size, power=self.power, filler=self.filler)
 
 
 @dataclass(frozen=True, kw_only=True)
