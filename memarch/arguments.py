@@ -25,9 +25,6 @@ SEEDS = ("seed_everything", "task.seed", "data.seed")  # what --seed sets
 RESOLVED = "config.yaml"  # in the folder of a run
 
 
-# ------------------------------------------------------------------------------------------------ settling
-
-
 class Settled:
     """The trees as plain data (`nodes`), and the arguments that are left for Lightning's parser (`argv`), files as JSON among them."""
 

@@ -161,6 +161,8 @@ class Command(LightningCLI):
         if self.words[0] == "fit":
             assert self.folder is not None
             kwargs["callbacks"] = [*(given.callbacks or []), *callbacks(self.folder, self.said)]
+            if not self.said.bar:
+                kwargs["enable_progress_bar"] = False  # or Lightning puts its own there
             if self.said.logger is not None:
                 found = latest(self.folder)
                 kwargs["logger"] = logger(self.said.logger, self.folder, step_of(found) if found else 0)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def main(run_dir: Path, devices: int, steps: int, bad: str) -> None:
-    """bad: micro-batches "3,4" whose loss is NaN on the last process only."""
+    """bad: "loss:3,4" makes the loss of these micro-batches infinite on the last process only, "layer:3,4" the output of a layer."""
     from lightning.pytorch import Trainer
 
     from memarch.callbacks import Guard, default_callbacks, latest
@@ -29,15 +29,17 @@ def main(run_dir: Path, devices: int, steps: int, bad: str) -> None:
     from memarch.task import Task
 
     torch.set_num_threads(1)
-    sick = [int(number) for number in bad.split(",") if number]
+    what, _, when = bad.partition(":")
+    sick = [int(number) for number in when.split(",") if number]
 
     class Spy(Task):
         seen: list[list[int]] = []
+        spoil = False
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             time.sleep(0.02)
             self.spoil = index in sick and self.global_rank == self.trainer.world_size - 1
-            return super().training_step(batch, index)
+            return super().training_step(batch, index) + (float("inf") if self.spoil and what == "loss" else 0.0)
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             self.seen.append(batch.tokens.sum(1).tolist())
@@ -45,7 +47,7 @@ def main(run_dir: Path, devices: int, steps: int, bad: str) -> None:
     part = BlockConfig(mixer=GatedDeltaConfig(heads=2), ffn=SwiGLUConfig())
     task = Spy(LMConfig(vocab_size=64, dim=16, layers=2, pattern="G", parts={"G": part}), OptimConfig(lr=1e-2, schedule="constant", warmup=2))
     ffn = task.model.core.blocks[1].ffn
-    ffn.register_forward_hook(lambda module, args, fed: fed._replace(y=fed.y * float("nan")) if getattr(task, "spoil", False) else None)
+    ffn.register_forward_hook(lambda module, args, fed: fed._replace(y=fed.y * float("nan")) if what == "layer" and task.spoil else None)
     data = TokenData(MQAR(vocab_size=64, settings=((16, 2),)), batch_size=4, val_batches=1)
     trainer = Trainer(
         callbacks=default_callbacks(run_dir, save_every=4, patience=3),
@@ -90,8 +92,8 @@ def told(run_dir: Path, devices: int) -> list[dict[str, Any]]:
 
 
 def test_one_bad_process_is_all_of_them(tmp_path: Path) -> None:
-    """The third step's first micro-batch is bad on process 1; process 0 must skip the step too, or wait for ever."""
-    said = finish(start(tmp_path, devices=2, bad="4"))
+    """The third step's first micro-batch is bad on process 1, in its loss alone: no gradient tells process 0, which must skip the step too."""
+    said = finish(start(tmp_path, devices=2, bad="loss:4"))
     first, second = told(tmp_path, 2)
     assert (first["skipped"], second["skipped"], first["step"], second["step"]) == (1, 1, 8, 8)
     assert first["norm"] == second["norm"]
@@ -99,7 +101,7 @@ def test_one_bad_process_is_all_of_them(tmp_path: Path) -> None:
 
 
 def test_the_error_says_where_it_was(tmp_path: Path) -> None:
-    said = finish(start(tmp_path, devices=2, bad="4,6,9"), status=1)
+    said = finish(start(tmp_path, devices=2, bad="layer:4,6,9"), status=1)
     assert "comes out of backbone.blocks.1.ffn (SwiGLU), from finite inputs" in said
     assert "(On process 1.)" in said
 

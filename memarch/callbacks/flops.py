@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from memarch import kernels
 from memarch.callbacks.rehearsal import loss_of, rehearsal
 
 # Dense TFLOP/s as the makers publish them: (bf16 tensor cores with fp32 sums, tf32, fp32). "With sparsity" figures are halved. A name that no
@@ -77,27 +78,14 @@ def count(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> 
 
 
 class Counter(FlopCounterMode):
-    """torch's counter, without what the backward computes again, and with the attention that CPUs run."""
+    """torch's counter, without what the backward computes again."""
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=CPU_ATTENTION)
+        kernels.flop_counter()  # files the formulas of our operators, and of attention on a CPU, which torch has not
+        super().__init__(display=False)
         self.backward = False
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         # A backward formula runs with gradients off; only recomputed forward operators run with them on.
         again = self.backward and torch.is_grad_enabled()
         return out if again else super()._count_flops(func_packet, out, args, kwargs)
-
-
-def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
