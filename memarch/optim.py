@@ -32,16 +32,17 @@ DECAYS = (nn.Linear, nn.Embedding, nn.Conv1d, ShortConv)
 class OptimConfig:
     """AdamW and its schedule.
 
-    lr: the highest learning rate.
-    betas: AdamW's averages of the gradient and of its square.
-    eps: AdamW's epsilon.
-    weight_decay: on matrices only.
-    memory_lr: value tables learn at lr times this.
-    clip: the largest gradient norm, of tables and of all the rest each; null for no clipping.
-    schedule: how the rate moves after warm-up: cosine, wsd (flat, then a fall), or constant.
-    warmup: steps over which the rate rises linearly.
-    decay: the share of the run that wsd's fall takes.
-    min_lr: where cosine and wsd end, as a share of lr.
+    Args:
+        lr: the highest learning rate
+        betas: AdamW's averages of the gradient and of its square
+        eps: AdamW's epsilon
+        weight_decay: on matrices only
+        memory_lr: value tables learn at lr times this
+        clip: the largest gradient norm, of tables and of all the rest each; null for no clipping
+        schedule: how the rate moves after warm-up; wsd is flat and then falls
+        warmup: steps over which the rate rises linearly
+        decay: the share of the run that wsd's fall takes
+        min_lr: where cosine and wsd end, as a share of lr
     """
 
     lr: float = 1e-3

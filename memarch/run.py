@@ -31,19 +31,20 @@ LIBRARIES = ("memarch", "torch", "triton", "lightning", "jsonargparse", "numpy",
 class RunConfig:
     """Where a run is kept, and what it does besides learning.
 
-    name: the folder below root; null: the name of the config file.
-    root: where runs are kept.
-    folder: exactly this folder instead of root/name/time; when it holds a checkpoint, the run goes on from there.
-    stop_at: end the run when val/accuracy has reached this; null: never.
-    save_every: a checkpoint every so many steps; null: none by steps.
-    save_minutes: and at least so often; null: none by time.
-    keep: the newest checkpoints that stay.
-    patience: steps in a row with a loss or gradient that is not finite that end the run.
-    flops: measure the FLOPs of a step, once per shape of batch.
-    bar: show progress.
-    logger: tensorboard or wandb, beside metrics.csv.
-    export: write the trained model to export/ at the end, ready for the Hub.
-    threads: of torch on the CPU; null: as torch decides.
+    Args:
+        name: the folder below root; null: the name of the config file
+        root: where runs are kept
+        folder: exactly this folder instead of root/name/time; when it holds a checkpoint, the run goes on from there
+        stop_at: end the run when val/accuracy has reached this; null: never
+        save_every: a checkpoint every so many steps; null: none by steps
+        save_minutes: and at least so often; null: none by time
+        keep: the newest checkpoints that stay
+        patience: steps in a row with a loss or gradient that is not finite that end the run
+        flops: measure the FLOPs of a step, once per shape of batch
+        bar: show progress
+        logger: beside metrics.csv
+        export: write the trained model to export/ at the end, ready for the Hub
+        threads: of torch on the CPU; null: as torch decides
     """
 
     name: str | None = None

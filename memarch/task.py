@@ -27,9 +27,16 @@ from memarch.optim import OptimConfig
 
 
 class Task(LightningModule):
-    """model: a config (built here, from `seed`) or a model.
-    carry: truncated backpropagation through time. The state after a batch, detached, is where the next batch begins.
-    compile: torch.compile the loss. recompute: keep block inputs only and compute the rest again in the backward."""
+    """A model in training.
+
+    Args:
+        model: a config, built here from `seed`, or a model
+        optim: the optimiser
+        carry: truncated backpropagation through time: the state after a batch, detached, is where the next batch begins
+        compile: torch.compile the loss
+        recompute: keep the inputs of blocks only and compute the rest again in the backward
+        seed: of the weights
+    """
 
     def __init__(
         self,
