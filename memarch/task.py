@@ -50,7 +50,8 @@ class Task(LightningModule):
     ):
         super().__init__()
         self.model = model if isinstance(model, LM) else LM(model, seed=seed)
-        self.model.core.recompute = recompute
+        if recompute:
+            self.model.core.recompute = True
         self.optim, self.carry = optim, carry
         # A compiled function, not a compiled module: names of parameters stay as they are.
         self.loss = torch.compile(self.model.loss) if compile else self.model.loss

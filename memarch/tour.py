@@ -2,9 +2,12 @@
 equality; a stream with a saved state; and a last screen that says what lies where and what to try next."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,18 +22,32 @@ from memarch.evaluation.plots import Line, draw_lines, figure, save
 from memarch.generation import generate
 from memarch.models.lm import LM
 
+if TYPE_CHECKING:
+    from memarch.training import Run
+
 LENGTHS = (32, 64, 128, 256, 512, 1024)
 PAIRS = 8
 
 
-def tour(model: LM, plain: LM, folder: Path, trained: MQAR, export: Path) -> None:
-    """`model` as it was trained, and `plain`: the same stack, trained the same way, with its memory layer replaced by a second window."""
+def hello() -> None:
     out = Console(highlight=False)
-    found = ask({"with memory": model, "windows only": plain}, trained, out)
+    out.print("[bold]memarch[/] trains a small memory model on associative recall: pairs are told once, and asked for later.")
+    out.print("Two layers, a gated delta memory and an attention window of 8 tokens; rows of 32 and 64 tokens with 4 and 8 pairs.\n")
+
+
+def tour(run: "Run", again: "Callable[..., Run]") -> None:
+    """`again(*flags)` trains once more with flags of the command line. The memory is taken away by one: the pattern of layers."""
+    out = Console(highlight=False)
+    folder, trained = run.folder, run.data.train
+    assert folder is not None and isinstance(trained, MQAR)
+    out.print("\nOnce more without the memory: its layer is replaced by a second window, all else stays.", style="bold")
+    plain = again("--model.pattern", "WW", "--run.folder", str(folder / "windows-only"), "--run.export", "false").task.model
+    export = folder / "export"
+    found = ask({"with memory": run.task.model, "windows only": plain}, trained, out)
     picture = draw(found, folder, trained)
     loaded = from_pretrained(export)
-    same(model, loaded)
-    out.print(f"\n[bold]exported, loaded back and equal[/]: {export}, {loaded.config.num_params():,} parameters, logits bit for bit the same")
+    same(run.task.model, loaded)
+    out.print(f"\n[bold]Exported, loaded back, equal:[/] {loaded.config.num_params():,} parameters, logits bit for bit the same.", soft_wrap=True)
     stream(loaded, trained, folder, out)
     last(found, folder, picture, export, trained, out)
 
@@ -89,7 +106,7 @@ def stream(model: LM, trained: MQAR, folder: Path, out: Console) -> None:
     told = states.load(file, model)
     answers = [generate(model, [[key]], max_new_tokens=1, state=told).tokens[0][0] for key, _ in pairs.tolist()]
     size = f"{states.nbytes(told):,} bytes at any length"
-    out.print(f"\n[bold]streamed[/]: {PAIRS} pairs told, {silence} tokens of silence, the state ({size}) saved and loaded; then asked:")
+    out.print(f"\n[bold]Streamed:[/] {PAIRS} pairs told, {silence} tokens of silence, the state ({size}) saved and loaded; then asked:", soft_wrap=True)
     marks = [f"{key}→{answer}{'' if answer == value else f' [red](was {value})[/]'}" for (key, value), answer in zip(pairs.tolist(), answers, strict=True)]
     out.print("  " + "  ".join(marks))
 
@@ -101,18 +118,19 @@ def last(found: dict[str, Table], folder: Path, picture: Path, export: Path, tra
         screen.add_row(name, *[f"{row['accuracy']:.3f}" for row in table.rows])
     out.print()
     out.print(screen)
-    out.print("* never seen in training. windows only: the same stack and training, its memory layer replaced by a second window of 16.\n")
+    out.print("* longer than anything seen in training\n")
     for label, what in (
         ("figure", picture),
         ("model", f"{export}   memarch.from_pretrained({str(export)!r})"),
         ("numbers", f"{folder / 'metrics.csv'}, {folder / 'recall.json'}"),
     ):
         out.print(f"  {label:<8} {what}", soft_wrap=True)
-    out.print("\n[bold]next[/]")
+    out.print("\n[bold]Next[/]")
+    here = "" if shutil.which("memarch") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     for command, why in (
-        (f"memarch evaluate {export} --task mqar --lengths 512 2048 --pairs 4 8 16", "ask more of this model"),
-        ("python train.py fit --config configs/recall/hybrid.yaml --model.parts.G.mixer.heads 4", "change any part from the command line"),
-        ("memarch ablate configs/ablations/recall_memory.yaml", "which part does it? seeds, mean and spread"),
-        ("memarch list", "every model there is"),
+        (f"{here}memarch evaluate {export} --task mqar --lengths 512 2048 --pairs 4 8 16", "ask more of this model"),
+        (f"{here}python train.py fit --config configs/recall/hybrid.yaml --model.parts.G.mixer.heads 4", "change any part from the command line"),
+        (f"{here}memarch ablate configs/ablations/recall_memory.yaml", "which part does it? seeds, mean and spread"),
+        (f"{here}memarch list", "every model there is"),
     ):
         out.print(f"  {command}\n      {why}", soft_wrap=True, style=None)

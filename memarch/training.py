@@ -227,13 +227,24 @@ def export(model: LM, folder: Path, metrics: dict[str, float], config: dict[str,
 
 
 def main(argv: list[str] | None = None, *, build: Callable[..., LM] = LM) -> Run:
-    """Run the command. No argument means the default run, and no command means fit.
+    """Run the command. No command means fit; no argument at all means the default run, which then shows what its model can do.
 
     A mistake of the user is one sentence on stderr and exit status 2, without a traceback unless --debug asks for it."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "fit")
+    given = list(sys.argv[1:] if argv is None else argv)
     quiet()
+    if given:
+        return start(given, build)
+    from memarch.tour import hello, tour
+
+    hello()
+    run = start([], build)
+    tour(run, lambda *flags: start(["fit", *flags], build))
+    return run
+
+
+def start(given: list[str], build: Callable[..., LM]) -> Run:
+    fit = not given or (given[0].startswith("-") and given[0] not in ("-h", "--help"))
+    words = ["fit", *given] if fit else given
     try:
         command = Command(words, build)
     except (ConfigError, MisconfigurationException, ValueError, OSError, ImportError) as error:

@@ -78,11 +78,15 @@ def start(run_dir: Path, devices: int, steps: int = 8, bad: str = "") -> subproc
     run_dir.mkdir(exist_ok=True)
     command = [sys.executable, __file__, str(run_dir), str(devices), str(steps), bad]
     quiet = {"OMP_NUM_THREADS": "1", "PL_DISABLE_FORK": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **quiet})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **quiet})
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    said, _ = process.communicate(timeout=240)
+    try:
+        said, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == status, said
     return said
 

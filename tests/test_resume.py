@@ -71,11 +71,17 @@ def main(run_dir: Path, text: Path, steps: int, slow_write: float) -> None:
 
 def start(run_dir: Path, text: Path, slow_write: float = 0.0) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, str(run_dir), str(text), str(STEPS), str(slow_write)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    said, _ = process.communicate(timeout=120)
+    try:
+        said, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == status, said
     return said
 

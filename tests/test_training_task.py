@@ -146,6 +146,11 @@ def test_a_carried_state_goes_on_where_the_last_batch_stopped(text):
     assert runs.callback_metrics["train/bits"] == pytest.approx((out.loss / out.count).item() / 0.6931471805599453, rel=1e-6)
 
 
+def test_a_carried_state_goes_through_autocast(text):
+    task = Task(streaming().float(), OPTIM, carry=True)
+    assert torch.isfinite(fit(task, TokenData(text, batch_size=4), 3, precision="bf16-mixed").callback_metrics["train/loss"])
+
+
 def test_a_carried_state_is_saved_as_plain_tensors_and_comes_back(text, tmp_path):
     task = Task(streaming(), OPTIM, carry=True)
     runs = fit(task, TokenData(text, batch_size=4), 2, precision="64-true")
