@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from memarch.callbacks import AtomicIO, Checkpoints, Guard, Metrics, Stopped, default_callbacks, latest
 from memarch.callbacks.files import checkpoints, place, whole
 from memarch.config import ConfigError
-from memarch.data import MQAR
+from memarch.data import MQAR, Text
 from memarch.data.module import TokenData
 from memarch.layers import AttentionConfig, SwiGLUConfig
 from memarch.models.lm import BlockConfig, LMConfig
@@ -21,10 +21,12 @@ from memarch.optim import OptimConfig
 from memarch.task import Task
 
 
-def fit(run_dir: Path, steps: int = 6, callbacks: list[Any] | None = None, task: Task | None = None, window: int = 8, seed: int = 0, **more: Any) -> Task:
+def fit(
+    run_dir: Path, steps: int = 6, callbacks: list[Any] | None = None, task: Task | None = None, window: int = 8, seed: int = 0, train: Any = None, **more: Any
+) -> Task:
     part = BlockConfig(mixer=AttentionConfig(heads=2, window=window), ffn=SwiGLUConfig(hidden=32))
     task = task or Task(LMConfig(vocab_size=64, dim=16, layers=1, pattern="A", parts={"A": part}), OptimConfig(lr=1e-2, schedule="constant", warmup=2))
-    data = TokenData(MQAR(vocab_size=64, settings=((16, 2),)), batch_size=2, val_batches=1, seed=seed)
+    data = TokenData(train or MQAR(vocab_size=64, settings=((16, 2),)), batch_size=2, val_batches=1, seed=seed)
     plain: dict[str, Any] = {"logger": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
     plain |= {"max_steps": steps, "log_every_n_steps": 2, "val_check_interval": 3} | more
     found = default_callbacks(run_dir, save_every=2, flops=False, bar=False) if callbacks is None else callbacks
@@ -164,6 +166,20 @@ def test_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(ConfigError, match=r"another data: data\.seed was 0 and is 1"):
         fit(tmp_path, steps=8, seed=1)
     assert capsys.readouterr().out == ""  # not "Training failed": it had not begun
+
+
+def test_text_is_known_by_its_content(tmp_path: Path) -> None:
+    def text(folder: str, words: str) -> Text:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(words * 200)
+        return Text(path=str(tmp_path / folder / "text.txt"), length=8)
+
+    part = BlockConfig(mixer=AttentionConfig(heads=2))
+    config = LMConfig(vocab_size=256, dim=16, layers=1, pattern="A", parts={"A": part})
+    for steps, train in ((2, text("here", "a word ")), (4, text("moved", "a word "))):
+        fit(tmp_path / "run", steps, task=Task(config, OptimConfig(schedule="constant")), train=train)
+    with pytest.raises(ConfigError, match=r"another data: data\.train\.fingerprint was"):
+        fit(tmp_path / "run", 6, task=Task(config, OptimConfig(schedule="constant")), train=text("other", "a work "))
 
 
 def test_data_go_on_at_the_micro_batch(tmp_path: Path) -> None:

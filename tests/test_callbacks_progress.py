@@ -88,6 +88,13 @@ def test_lines_come_by_time_where_the_end_is_unknown(tmp_path: Path, capsys: pyt
     assert "ETA" not in told[-1]
 
 
+def test_a_validation_alone_has_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(callbacks=[Bar(), Metrics(tmp_path)], logger=False, enable_checkpointing=False, accelerator="cpu", limit_val_batches=2)
+    trainer.validate(Toy(), DataLoader(torch.randn(8, 4), batch_size=2), verbose=False)
+    assert re.fullmatch(r"val loss \S+  val accuracy 0\.250  \(\d+\.\d s\)\n", capsys.readouterr().out)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
     fit(tmp_path)

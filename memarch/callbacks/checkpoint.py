@@ -183,9 +183,14 @@ def same_data(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
 
 
 def data_of(trainer: Trainer) -> dict[str, Any]:
-    """What decides which batch comes when."""
+    """What decides which batch comes when. Text is known by its content: it may move to another folder, and must not change in its own."""
     data: Any = getattr(trainer, "datamodule", None)
-    return {"train": encode(data.train), "batch_size": data.batch_size, "seed": data.seed} if hasattr(data, "start_step") else {}
+    if not hasattr(data, "start_step"):
+        return {}
+    train = encode(data.train)
+    if hasattr(data.train, "fingerprint"):
+        train = {**{key: value for key, value in train.items() if key != "path"}, "fingerprint": data.train.fingerprint}
+    return {"train": train, "batch_size": data.batch_size, "seed": data.seed}
 
 
 def refuse(what: str, then: Any, now: Any) -> None:

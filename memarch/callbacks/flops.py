@@ -23,7 +23,7 @@ PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"\b(H200|GH200)\b", 989.4, 494.7, 66.9),  # NVIDIA H200 datasheet; GH200 Grace Hopper datasheet
     (r"\bH100 NVL\b", 835.5, 417.5, 60),  # NVIDIA H100 datasheet
     (r"\bH100 PCIe\b", 756, 378, 51.2),  # NVIDIA H100 datasheet
-    (r"\b(H100|H800)\b.*HBM3", 989.4, 494.7, 66.9),  # NVIDIA H100 architecture whitepaper, SXM5
+    (r"\bH100\b.*HBM3", 989.4, 494.7, 66.9),  # NVIDIA H100 architecture whitepaper, SXM5
     (r"\b(A100|A800)\b", 312, 156, 19.5),  # NVIDIA A100 datasheet; SXM and PCIe alike
     (r"\bA30\b", 165, 82, 10.3),  # NVIDIA A30 datasheet
     (r"\bA40\b", 149.7, 74.8, 37.4),  # NVIDIA A40 datasheet

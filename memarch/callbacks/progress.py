@@ -101,8 +101,8 @@ class Bar(ProgressBar):
         self.began += took  # ETA is about training
         found = values(trainer, "val")
         if self.enabled and found and not trainer.sanity_checking:
-            told = "  ".join(f"val {name} {value}" for name, value in found.items())
-            self.print(f"step {self.count()}  {told}  ({took:.1f} s)")
+            when = f"step {self.count()}  " if trainer.state.fn == "fit" else ""
+            self.print(when + "  ".join(f"val {name} {value}" for name, value in found.items()) + f"  ({took:.1f} s)")
             self.draw(self.text(trainer))
 
     # ---------------------------------------------------------------------------------------------- the end
