@@ -80,7 +80,7 @@ def convolve_backward(
     if dtail is not None:
         _tail_backward(dtail.to(dtype), dx, None if state is None else dstate, lengths)
     dbias = dys.new_empty(0) if bias is None else dys.sum((0, 1)).to(bias.dtype)
-    return dx.to(x.dtype), dtaps.mT.to(weight.dtype, memory_format=torch.contiguous_format), dbias, dstate.to(x.dtype)
+    return dx.to(x.dtype), dtaps.mT.to(weight.dtype).contiguous(), dbias, dstate.to(x.dtype)
 
 
 def _tail_backward(dtail: Tensor, dx: Tensor, dstate: Tensor | None, lengths: Tensor | None) -> None:
