@@ -60,7 +60,10 @@ PYTHON = {
     "token id too large": (lambda: model()(tokens(3, 32)), ["32", "out of range", "0 to 31"]),
     "token id below 0": (lambda: model()(tokens(-1)), ["-1", "out of range"]),
     "no tokens": (lambda: model()(torch.zeros(1, 0, dtype=torch.int64)), ["T >= 1", "[1, 0]"]),
-    "state of another model": (lambda: model()(tokens(1), other_state(parts={"A": {"mixer": {"kind": "attention", "heads": 2}}})), ["another model", "model.start"]),
+    "state of another model": (
+        lambda: model()(tokens(1), other_state(parts={"A": {"mixer": {"kind": "attention", "heads": 2}}})),
+        ["another model", "model.start"],
+    ),
     "state of another size": (lambda: model()(tokens(1), other_state(dim=32)), ["another model", "model.start"]),
     "state of another batch": (lambda: model()(tokens(1), model().start(3)), ["3 rows", "1", "memarch.state.take"]),
     "state of another dtype": (lambda: model()(tokens(1), states.to(model().start(1), torch.float64)), ["float64", "float32", "memarch.state.to"]),

@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "triton", "lightning", "numpy", "safetensors", "huggingfac
 OPTIONAL = {"flash-attn": "flash_attn", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 WITHOUT = {
     "flash-attn": "attention uses torch's own kernels",
-    "mamba-ssm": "the scan is memarch's own",
+    "mamba-ssm": "nothing here uses it yet",
     "causal-conv1d": "the short convolution is memarch's own",
 }
 
