@@ -58,6 +58,7 @@ class Task(LightningModule):
         self.carried: State | None = None  # [rows of this process, ...], only with carry
         self.sums: Tensor | None = None  # loss, correct, count since the last optimiser step
         self.unit: Tensor | None = None  # targets a process has in a micro-batch, by the first of this step
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients, by group
         self.val_carried: State | None = None
         self.val_sums: Tensor | None = None
 
@@ -91,7 +92,7 @@ class Task(LightningModule):
         # DDP has divided by the processes and Lightning by the micro-batches. With one micro-batch the guess was right.
         scale = 1.0 if micro == 1 else self.unit * self.trainer.world_size * micro / sums[2].clamp(min=1)
         self.sums = self.unit = None
-        norms = optimisers.clip(optimizer, self.optim.clip, scale)
+        norms = self.norms = optimisers.clip(optimizer, self.optim.clip, scale)  # the guard reads them
         if told:
             self.log_dict(self.report("train", sums) | {"grad_norm" if name == "rest" else f"grad_norm/{name}": norm for name, norm in norms.items()})
 

@@ -183,6 +183,26 @@ def test_killed_many_times(tmp_path: Path, text: Path, whole: Path, seed: int) -
 
 
 @pytest.mark.slow
+def test_killed_while_writing(tmp_path: Path, text: Path, whole: Path) -> None:
+    """Four times, each time with half a checkpoint on disk: the first one of all, and later ones beside whole ones."""
+    from memarch.callbacks import latest
+
+    folder = tmp_path / "checkpoints"
+    for known in (0, 0, 1, 2):
+        process = start(tmp_path, text, slow_write=0.5)
+        while len(list(folder.glob("step-*"))) < known or not (begun := list(folder.glob(f".step-*.{process.pid}.tmp"))) or not begun[0].stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert list(folder.glob(f".step-*.{process.pid}.tmp"))
+        assert (latest(tmp_path) is None) == (known == 0)
+    finish(start(tmp_path, text))
+    compare(tmp_path, whole)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_by_a_signal(tmp_path: Path, text: Path, whole: Path, number: int, status: int) -> None:
     process = start(tmp_path, text)

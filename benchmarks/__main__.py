@@ -1,0 +1,114 @@
+"""`make bench`, or `python -m benchmarks [op ...]`: every speed with its baseline in the same run, appended to benchmarks/results.csv.
+
+One thread, process CPU time, providers interleaved (A B A B ...), median and quantiles. What is not right is not timed."""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.cases import FIELDS, Case, cases
+
+RESULTS = Path(__file__).parent / "results.csv"
+
+
+def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
+    given = [x.detach().requires_grad_(backward) for x in inputs]
+    begin = time.process_time()
+    y = call(*given)
+    if backward:
+        y.backward(torch.ones_like(y))
+    return (time.process_time() - begin) * 1e3
+
+
+def right(case: Case) -> None:
+    """Every provider computes the same thing, in outputs and gradients."""
+    found = {}
+    for name, call in case.providers.items():
+        given = [x.detach().requires_grad_() for x in case.inputs]
+        y = call(*given)
+        y.square().sum().backward()
+        found[name] = [y.detach(), *(x.grad for x in given)]
+    for name, tensors in found.items():
+        for a, b in zip(tensors, found["ours"], strict=True):
+            error = (a - b).norm() / b.norm().clamp(min=1e-12)
+            if not error < 1e-3:
+                raise SystemExit(f"{case.op} {case.shape}: {name!r} and 'ours' differ by {error:.1e}; nothing is timed before that is explained.")
+
+
+def measure(case: Case, backward: bool, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in case.providers}
+    for call in case.providers.values():
+        once(call, case.inputs, backward)
+    for _ in range(rounds):
+        for name, call in case.providers.items():
+            times[name].append(once(call, case.inputs, backward))
+    return times
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help="only these ops")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dry", action="store_true", help="print, and leave results.csv as it is")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [case for case in cases() if not args.ops or case.op in args.ops]
+    if not chosen:
+        parser.error(f"no case of {', '.join(args.ops)}; there are {', '.join(sorted({case.op for case in cases()}))}")
+    out, rows = Console(width=160), []
+    for case in track(chosen, "timing", console=out, disable=not out.is_terminal, transient=True):
+        right(case)
+        for mode in ("fwd", "fwd+bwd"):
+            times = measure(case, mode == "fwd+bwd", args.rounds)
+            ours = statistics.median(times["ours"])
+            for name, found in times.items():
+                low, *_, high = statistics.quantiles(found, n=5)
+                middle = statistics.median(found)
+                values = (
+                    date.today(),
+                    commit(),
+                    case.op,
+                    mode,
+                    case.shape,
+                    name,
+                    f"{middle:.2f}",
+                    f"{low:.2f}",
+                    f"{high:.2f}",
+                    f"{middle / ours:.2f}",
+                    len(found),
+                )
+                rows.append(dict(zip(FIELDS, (*values, 1, f"cpu {platform.machine()}", torch.__version__), strict=True)))
+    table = Table("op", "mode", "shape", "provider", "ms", "p20 to p80", "times ours", box=None)
+    for row in rows:
+        table.add_row(row["op"], row["mode"], row["shape"], row["provider"], row["ms"], f"{row['ms_p20']} to {row['ms_p80']}", row["times_ours"])
+    out.print(table)
+    if not args.dry:
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+        out.print(f"{len(rows)} rows appended to {RESULTS.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
