@@ -128,7 +128,7 @@ def last(found: dict[str, Table], folder: Path, picture: Path, export: Path, tra
     out.print("\n[bold]Next[/]")
     here = "" if shutil.which("memarch") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     for command, why in (
-        (f"{here}memarch evaluate {export} --task mqar --lengths 512 2048 --pairs 4 8 16", "ask more of this model"),
+        (f"{here}memarch evaluate {export} --task mqar --lengths 512 1024 --pairs 4 16", "ask more of this model"),
         (f"{here}python train.py fit --config configs/recall/hybrid.yaml --model.parts.G.mixer.heads 4", "change any part from the command line"),
         (f"{here}memarch ablate configs/ablations/recall_memory.yaml", "which part does it? seeds, mean and spread"),
         (f"{here}memarch list", "every model there is"),
