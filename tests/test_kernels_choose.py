@@ -103,6 +103,7 @@ def example(op: str) -> tuple:
         "delta_rule": (x, x, x, None, None),
         "short_conv": (x[:, :, 0], torch.randn(4, 3)),
         "product_key_topk": (x, x, 2),
+        "taylor_attention": (x, x, x),
         "weighted_bag": (torch.randn(5, 2), torch.zeros(3, 2, dtype=torch.int64), torch.randn(3, 2)),
     }[op]
 

@@ -75,6 +75,14 @@ def product_key_topk(T: int) -> Iterator[Case]:
     yield Case(f"T{T}", {"s1": draw(2, T, 9), "s2": draw(2, T, 9), "k": 4})
 
 
+def taylor_attention(T: int, B: int = 3, H: int = 2, F: int = 4, V: int = 5) -> Iterator[Case]:
+    for state, lengths in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        inputs = {"q": draw(B, T, H, F), "k": draw(B, T, H, F), "v": draw(B, T, H, V)}
+        inputs["state"] = draw(B, H, 1 + F + F * (F + 1) // 2, V + 1) if state else None
+        inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+        yield Case(f"T{T} " + "state " * state + "lengths" * lengths, inputs, defined)
+
+
 def weighted_bag(T: int) -> Iterator[Case]:
     yield Case(f"T{T}", {"table": draw(11, 6), "ids": torch.randint(0, 11, (2, T, 5)), "weights": draw(2, T, 5)})
 
@@ -84,6 +92,7 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "delta_rule": delta_rule,
     "product_key_topk": product_key_topk,
     "short_conv": short_conv,
+    "taylor_attention": taylor_attention,
     "weighted_bag": weighted_bag,
 }
 FAST = [(op, impl) for op in OPS for impl in OPS[op].IMPLEMENTATIONS if impl != "reference" and not OPS[op].why_not(impl, "cpu", torch.float64)]
@@ -192,7 +201,7 @@ def test_inputs_are_left_alone(op, impl):
             assert torch.equal(x, before[name]), f"{case.name}: {name}"
 
 
-LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "short_conv")]
+LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "short_conv", "taylor_attention")]
 
 
 @pytest.mark.parametrize("op, impl", LOW)
@@ -221,6 +230,7 @@ COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T
     "delta_rule": ((65, 15), (65, 0), (1, 4)),
     "product_key_topk": ((2, 0),),
     "short_conv": ((65, 4), (1, 4)),
+    "taylor_attention": ((65, 3), (65, 0), (1, 3)),
     "weighted_bag": ((2, 0),),
 }
 
@@ -275,24 +285,28 @@ def _tiny_conv(T: int) -> Iterator[Case]:
     yield Case("", {"x": draw(2, T, 2), "weight": draw(2, 3), "bias": draw(2), "state": draw(2, 2, 2), "lengths": torch.tensor([1, T])})
 
 
-STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "short_conv": ("x",)}
+STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "short_conv": ("x",), "taylor_attention": ("q", "k", "v")}
 
 
 @pytest.mark.parametrize("op", STATEFUL)
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("cuts", [[1] * 70, [35, 35], [1, 33, 3, 32, 1], [64, 6]], ids=["single", "halves", "ragged", "64+6"])
 def test_pieces_equal_whole(op, impl, cuts):
-    case = {"delta_rule": lambda: list(delta_rule(70))[3], "short_conv": lambda: list(short_conv(70))[3]}[op]()
+    case = {
+        "delta_rule": lambda: list(delta_rule(70))[3],
+        "short_conv": lambda: list(short_conv(70))[3],
+        "taylor_attention": lambda: list(taylor_attention(70))[3],
+    }[op]()
     inputs = prepare({**case.inputs, "lengths": None})
     whole = outs_and_grads(getattr(OPS[op], op)(**inputs, impl=impl), inputs)
     inputs, outs = prepare({**case.inputs, "lengths": None}), []
     state, begin = inputs["state"], 0
     for n in cuts:
         piece = {name: x[:, begin : begin + n] if name in STATEFUL[op] and x is not None else x for name, x in inputs.items()}
-        out, state = getattr(OPS[op], op)(**{**piece, "state": state}, impl=impl)
+        *out, state = getattr(OPS[op], op)(**{**piece, "state": state}, impl=impl)
         outs.append(out)
         begin += n
-    for a, b in zip(whole, outs_and_grads((torch.cat(outs, 1), state), inputs), strict=True):
+    for a, b in zip(whole, outs_and_grads((*(torch.cat(out, 1) for out in zip(*outs, strict=True)), state), inputs), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
 
 
@@ -312,7 +326,8 @@ def test_pads_are_invisible(op, impl, T):
         close(a[name], b[name], 1e-12, name)
     for name in STATEFUL[op]:
         assert (b[f"gradient of {name}"][~case.defined] == 0).all(), name
-    assert torch.equal(a["output1"][0], case.inputs["state"][0])
+    state = max(name for name in a if name.startswith("output"))
+    assert torch.equal(a[state][0], case.inputs["state"][0])
 
 
 @pytest.mark.parametrize("op", STATEFUL)
@@ -354,17 +369,18 @@ def test_opcheck():
         torch.library.opcheck(conv.operator, tuple(x[n] for n in ("x", "weight", "bias", "state", "lengths")))
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "short_conv"])
+@pytest.mark.parametrize("op", ["delta_rule", "short_conv", "taylor_attention"])
 def test_flops_are_counted(op):
     """Inside the operators, forward and backward; without a graph the matrix products are counted one by one, which must agree."""
     T = 128
-    inputs = prepare({"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "short_conv": list(short_conv(T))[4]}[op].inputs)
+    cases = {"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "short_conv": list(short_conv(T))[4], "taylor_attention": list(taylor_attention(T))[2]}
+    inputs = prepare(cases[op].inputs)
     with kernels.flop_counter() as counter:
         outs_and_grads(getattr(OPS[op], op)(**inputs), inputs)
     count = {str(name).rsplit(".", 1)[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
     assert count[op] > 0
     assert 1.5 <= count[f"{op}_backward"] / count[op] <= 4
-    if op == "delta_rule":
+    if op != "short_conv":
         with kernels.flop_counter() as counter, torch.no_grad():
             getattr(OPS[op], op)(**inputs)
         assert math.isclose(counter.get_total_flops(), count[op], rel_tol=0.1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memarch.kernels import attention, delta_rule, flops, product_key_topk, short_conv, weighted_bag
+from memarch.kernels import attention, delta_rule, flops, product_key_topk, short_conv, taylor_attention, weighted_bag
 from memarch.kernels.choose import Machine, known_bad, machine, using
 
 OPS = {
@@ -22,6 +22,7 @@ OPS = {
     "delta_rule": delta_rule,
     "product_key_topk": product_key_topk,
     "short_conv": short_conv,
+    "taylor_attention": taylor_attention,
     "weighted_bag": weighted_bag,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

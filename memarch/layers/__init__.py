@@ -3,6 +3,7 @@
 from typing import Any, Union
 
 from memarch.layers.attention import Attention, AttentionConfig
+from memarch.layers.based import Based, BasedConfig
 from memarch.layers.cross_attention import CrossAttention, CrossAttentionConfig
 from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
@@ -12,6 +13,7 @@ from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
 
 MIXERS = {
     "attention": AttentionConfig,
+    "based": BasedConfig,
     "cross_attention": CrossAttentionConfig,
     "gated_delta": GatedDeltaConfig,
     "short_conv": ShortConvConfig,
@@ -31,6 +33,8 @@ __all__ = [
     "PKM",
     "Attention",
     "AttentionConfig",
+    "Based",
+    "BasedConfig",
     "ChannelConfig",
     "CrossAttention",
     "CrossAttentionConfig",

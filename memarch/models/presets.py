@@ -47,6 +47,18 @@ PRESETS: dict[str, Preset] = {
             "parts.W": {"mixer": {"kind": "attention", "heads": 2, "window": 16, "positions": "none", "conv": 4}, "ffn": {**SWIGLU, "hidden": 128}},
         },
     ),
+    "based-tiny": Preset(
+        "hybrid",
+        "Arora et al. 2024, arXiv 2402.18668",
+        "transformer-tiny",
+        {
+            "layers": 3,
+            "pattern": "CBM",
+            "parts.C": {"mixer": {"kind": "short_conv", "taps": 3}, "ffn": {**SWIGLU, "hidden": 128}},
+            "parts.B": {"mixer": {"kind": "based", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
+            "parts.M.mixer.window": 16,
+        },
+    ),
     "yoco-tiny": Preset(
         "hybrid",
         "Sun et al. 2024, arXiv 2405.05254",
