@@ -27,6 +27,7 @@ class Mutation(NamedTuple):
 
 LAWS, TABLES, MODEL = "tests/test_laws.py", "tests/test_tables.py", "tests/test_model.py"
 GD, AT, LM = "memarch/layers/gated_delta.py", "memarch/layers/attention.py", "memarch/models/lm.py"
+HEADS = "memarch/layers/parts/heads.py"
 
 MUTATIONS = [
     Mutation(
@@ -39,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "detach the state inside",
         GD,
-        "return Mixed(self.out(o.to(x.dtype)), GatedDeltaState(memory, tail))",
-        "return Mixed(self.out(o.to(x.dtype)), GatedDeltaState(memory.detach(), tail))",
+        "return Mixed(self.read(o, x), GatedDeltaState(memory, tail))",
+        "return Mixed(self.read(o, x), GatedDeltaState(memory.detach(), tail))",
         LAWS,
     ),
     Mutation(
@@ -83,11 +84,11 @@ MUTATIONS = [
     Mutation(
         "change the state that was given",
         GD,
-        "        qkv = self.qkv(x)\n",
-        "        if memory is not None:\n            memory.data.mul_(0.5)\n        qkv = self.qkv(x)\n",
+        "        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]\n",
+        "        if memory is not None:\n            memory.data.mul_(0.5)\n        q, k, v, tail = self.into(x, tail, lengths)\n",
         LAWS,
     ),
-    Mutation("mix rows", GD, "o = self.norm(o).flatten(2)  # [B, T, H V]", "o = self.norm(o + 1e-3 * o.mean(0, keepdim=True)).flatten(2)", LAWS),
+    Mutation("mix rows", HEADS, "o = self.norm(o).flatten(2)  # [B, T, H V]", "o = self.norm(o + 1e-3 * o.mean(0, keepdim=True)).flatten(2)", LAWS),
     Mutation("pads enter the history", AT, "newest(keys, kept, lengths, T).to(dtype)", "newest(keys, kept, None, T).to(dtype)", LAWS),
     Mutation(
         "positions restart in every call",
@@ -108,9 +109,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a parameter that nothing reads",
-        GD,
+        HEADS,
         "        o = self.norm(o).flatten(2)  # [B, T, H V]",
-        "        o = torch.nn.functional.rms_norm(o, (self.value,)).flatten(2)",
+        "        o = torch.nn.functional.rms_norm(o, o.shape[-1:]).flatten(2)",
         LAWS,
     ),
     Mutation(

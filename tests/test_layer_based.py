@@ -13,7 +13,7 @@ F64 = torch.float64
 
 def formula(layer, x: torch.Tensor) -> torch.Tensor:
     """[B, T, H V]: weights 1 + a + a^2/2 with a = q.k / sqrt(F), all T^2 of them, divided by their sum."""
-    q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in layer.qkv(x).split(layer.sizes, -1))
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in layer.into.qkv(x).split(layer.into.sizes, -1))
     a = torch.einsum("bthf,bshf->bhts", q, k) / layer.feature**0.5
     w = (1 + a + a.square() / 2).tril()
     return torch.einsum("bhts,bshv->bthv", w / w.sum(-1, keepdim=True), v).flatten(2)
@@ -39,7 +39,7 @@ def test_with_the_denominator_it_is_a_mean_of_values():
     layer = BasedConfig(heads=2, feature_dim=4).build(8).to(F64)
     values = torch.randn(8, 1, dtype=F64)
     with torch.no_grad():
-        layer.qkv.weight[-8:] = values  # a value is this times the sum of the input, and that sum is 1
+        layer.into.qkv.weight[-8:] = values  # a value is this times the sum of the input, and that sum is 1
     x = torch.randn(1, 50, 7, dtype=F64)
     read = before_out(layer, torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1))
     torch.testing.assert_close(read, values.view(1, 1, 2, 4).expand(1, 50, 2, 4))
@@ -84,9 +84,9 @@ def test_pads_do_not_divide_by_zero():
 
 def test_recall_starts_with_keys_equal_to_queries():
     layer = BasedConfig(heads=2, feature_dim=4, init="recall", conv=3).build(8)
-    q, k, _ = layer.qkv.weight.split(layer.sizes)
+    q, k, _ = layer.into.qkv.weight.split(layer.into.sizes)
     assert torch.equal(q, k)
-    q, k, _ = BasedConfig(heads=2, feature_dim=4).build(8).qkv.weight.split(layer.sizes)
+    q, k, _ = BasedConfig(heads=2, feature_dim=4).build(8).into.qkv.weight.split(layer.into.sizes)
     assert not torch.equal(q, k)
 
 

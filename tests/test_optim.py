@@ -35,7 +35,7 @@ def names(model, kind):
 def test_what_decays_is_told_by_what_it_is():
     model = create_model("pkm-tiny")
     decayed, free = names(model, "matrices"), names(model, "vectors")
-    assert {"embed.weight", "backbone.blocks.0.mixer.qkv.weight", "backbone.blocks.0.mixer.conv.weight"} <= decayed
+    assert {"embed.weight", "backbone.blocks.0.mixer.into.qkv.weight", "backbone.blocks.0.mixer.into.conv.weight"} <= decayed
     assert "head.weight" not in decayed | free, "a tied head is the embedding, and is met there first"
     for name in ("norm.weight", "blocks.0.mixer.A_log", "blocks.0.mixer.dt_bias", "blocks.1.ffn.keys", "blocks.1.ffn.query.bias"):
         assert f"backbone.{name}" in free

@@ -5,9 +5,12 @@ from typing import Any, Union
 from memarch.layers.attention import Attention, AttentionConfig
 from memarch.layers.based import Based, BasedConfig
 from memarch.layers.cross_attention import CrossAttention, CrossAttentionConfig
+from memarch.layers.delta_net import DeltaNet, DeltaNetConfig
 from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
+from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
 from memarch.layers.product_key import PKM, PKMConfig
+from memarch.layers.retnet import RetNet, RetNetConfig
 from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
 from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
 
@@ -15,7 +18,10 @@ MIXERS = {
     "attention": AttentionConfig,
     "based": BasedConfig,
     "cross_attention": CrossAttentionConfig,
+    "delta_net": DeltaNetConfig,
     "gated_delta": GatedDeltaConfig,
+    "linear_attention": LinearAttentionConfig,
+    "retnet": RetNetConfig,
     "short_conv": ShortConvConfig,
 }
 
@@ -38,11 +44,17 @@ __all__ = [
     "ChannelConfig",
     "CrossAttention",
     "CrossAttentionConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
     "GatedDelta",
     "GatedDeltaConfig",
+    "LinearAttention",
+    "LinearAttentionConfig",
     "MixerConfig",
     "PKMConfig",
     "PoolConfig",
+    "RetNet",
+    "RetNetConfig",
     "ShortConvConfig",
     "ShortConvMixer",
     "SwiGLU",

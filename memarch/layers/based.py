@@ -20,7 +20,8 @@ from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
 from memarch.kernels.taylor_attention import features, taylor_attention
 from memarch.kernels.taylor_attention.torch_impl import QUADRATIC
-from memarch.layers.parts import Linear, RMSNorm, ShortConv
+from memarch.layers.parts import Linear, RMSNorm
+from memarch.layers.parts.heads import Heads, key_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +42,15 @@ class BasedConfig(LayerConfig):
         require(self.conv >= 0, f"conv counts taps, 0 for none, got {self.conv}.")
 
     def width(self, dim: int) -> int:
-        require(self.head_dim is not None or dim % self.heads == 0, f"heads {self.heads} must divide dim {dim}, or set head_dim.")
-        return self.head_dim or dim // self.heads
+        return key_width(self.heads, self.head_dim, dim)
 
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "Based":
         return Based(self, dim)
 
     def num_params(self, dim: int) -> int:
         value = self.width(dim)
-        qkv = self.heads * (2 * self.feature_dim + value)
-        return qkv * (dim + self.conv) + self.heads * value * dim + value * (self.normalize == "rms")
+        into = Heads.num_params(dim, self.heads, self.feature_dim, value, self.conv)
+        return into + self.heads * value * dim + value * (self.normalize == "rms")
 
     def span(self) -> int:
         return max(QUADRATIC // 3 + 1, self.conv)  # three of them are more than the op does as one square
@@ -69,19 +69,12 @@ class Based(SequenceMixer):
     def __init__(self, cfg: BasedConfig, dim: int):
         super().__init__()
         self.heads, self.feature, self.value, self.recall = cfg.heads, cfg.feature_dim, cfg.width(dim), cfg.init == "recall"
-        self.sizes = [self.heads * self.feature, self.heads * self.feature, self.heads * self.value]
-        self.qkv = Linear(dim, sum(self.sizes))
-        self.conv = ShortConv(sum(self.sizes), cfg.conv) if cfg.conv else None
+        self.into = Heads(dim, self.heads, self.feature, self.value, cfg.conv, act=False)
         self.norm = RMSNorm(self.value, eps=1e-5) if cfg.normalize == "rms" else None
         self.out = Linear(self.heads * self.value, dim)
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.qkv.init_(generator)
-        if self.recall:  # a query then finds its own key from the first step
-            q, k, _ = self.qkv.weight.split(self.sizes)
-            k.copy_(q)
-        if self.conv is not None:
-            self.conv.init_(generator, self.recall)
+        self.into.init_(generator, self.recall)
         if self.norm is not None:
             self.norm.init_()
         self.out.init_(generator, depth)
@@ -89,16 +82,11 @@ class Based(SequenceMixer):
     def start(self, batch: int) -> BasedState:
         weight = self.out.weight
         memory = weight.new_zeros(batch, self.heads, features(self.feature), self.value + 1, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return BasedState(memory, weight.new_zeros(batch, 0, 0) if self.conv is None else self.conv.start(batch))
+        return BasedState(memory, self.into.start(batch))
 
     def forward(self, x: Tensor, state: BasedState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
         memory, tail = (None, None) if state is None else state
-        qkv = self.qkv(x)
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, tail, lengths)
-        elif tail is None:
-            tail = qkv.new_zeros(x.shape[0], 0, 0, dtype=self.out.weight.dtype)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.sizes, -1))  # [B, T, H, F or V]
+        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, F or V]
         o, total, memory = taylor_attention(q * self.feature**-0.5, k, v, memory, lengths=lengths)
         o = o / total.clamp(min=0.25)[..., None] if self.norm is None else self.norm(o)  # a weight is at least 1/2; at pads the total is 0
         return Mixed(self.out(o.flatten(2).to(x.dtype)), BasedState(memory, tail))

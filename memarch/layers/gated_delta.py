@@ -21,7 +21,8 @@ from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
-from memarch.layers.parts import Linear, RMSNorm, ShortConv
+from memarch.layers.parts import Linear
+from memarch.layers.parts.heads import Heads, Readout, key_width
 from memarch.layers.parts.linear import uniform
 from memarch.layers.parts.norm import l2_norm
 
@@ -47,8 +48,7 @@ class GatedDeltaConfig(LayerConfig):
         require(0 <= self.decay[0] <= self.decay[1], f"decay is a range (low, high) with 0 <= low <= high, got {self.decay}.")
 
     def widths(self, dim: int) -> tuple[int, int]:
-        require(self.head_dim is not None or dim % self.heads == 0, f"heads {self.heads} must divide dim {dim}, or set head_dim.")
-        key = self.head_dim or dim // self.heads
+        key = key_width(self.heads, self.head_dim, dim)
         return key, self.value_dim or key
 
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "GatedDelta":
@@ -56,8 +56,8 @@ class GatedDeltaConfig(LayerConfig):
 
     def num_params(self, dim: int) -> int:
         key, value = self.widths(dim)
-        qkv = self.heads * (2 * key + value)
-        return qkv * (dim + self.conv) + 2 * self.heads * dim + 2 * self.heads + (1 + self.gate) * self.heads * value * dim + value
+        gates = 2 * self.heads * dim + 2 * self.heads
+        return Heads.num_params(dim, self.heads, key, value, self.conv) + gates + Readout.num_params(dim, self.heads, value, self.gate)
 
     def span(self) -> int:
         return max(CHUNK, self.conv)
@@ -77,52 +77,29 @@ class GatedDelta(SequenceMixer):
         super().__init__()
         self.cfg, self.heads = cfg, cfg.heads
         self.key, self.value = cfg.widths(dim)
-        self.sizes = [self.heads * self.key, self.heads * self.key, self.heads * self.value]
-        self.qkv = Linear(dim, sum(self.sizes))
-        self.conv = ShortConv(sum(self.sizes), cfg.conv) if cfg.conv else None
+        self.into = Heads(dim, cfg.heads, self.key, self.value, cfg.conv)
         self.ab = Linear(dim, 2 * self.heads)  # the raw decay and the raw write strength
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.gate = Linear(dim, self.heads * self.value) if cfg.gate else None
-        self.norm = RMSNorm(self.value, eps=1e-5)
-        self.out = Linear(self.heads * self.value, dim)
+        self.read = Readout(dim, cfg.heads, self.value, cfg.gate)
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
-        recall = self.cfg.init == "recall"
-        self.qkv.init_(generator)
-        if recall:  # a query then finds its own key from the first step
-            q, k, _ = self.qkv.weight.split(self.sizes)
-            k.copy_(q)
-        if self.conv is not None:
-            self.conv.init_(generator, recall)
+        self.into.init_(generator, self.cfg.init == "recall")
         self.ab.init_(generator)
         low, high = self.cfg.decay
         self.A_log.copy_(uniform((self.heads,), low, high, generator).clamp(min=1e-4).log())
         dt = uniform((self.heads,), math.log(DT[0]), math.log(DT[1]), generator).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        if self.gate is not None:
-            self.gate.init_(generator)
-        self.norm.init_()
-        self.out.init_(generator, depth)
+        self.read.init_(depth, generator)
 
     def start(self, batch: int) -> GatedDeltaState:
-        weight = self.out.weight
-        memory = weight.new_zeros(batch, self.heads, self.key, self.value, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return GatedDeltaState(memory, weight.new_zeros(batch, 0, 0) if self.conv is None else self.conv.start(batch))
+        return GatedDeltaState(self.read.memory(batch, self.heads, self.key, self.value), self.into.start(batch))
 
     def forward(self, x: Tensor, state: GatedDeltaState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
         memory, tail = (None, None) if state is None else state
-        qkv = self.qkv(x)
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, tail, lengths)
-        elif tail is None:
-            tail = qkv.new_zeros(x.shape[0], 0, 0, dtype=self.out.weight.dtype)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in F.silu(qkv).split(self.sizes, -1))  # [B, T, H, K or V]
+        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]
         wide = torch.promote_types(x.dtype, torch.float32)
         a, b = self.ab(x).to(wide).chunk(2, -1)  # [B, T, H]
         g = -self.A_log.to(wide).exp() * F.softplus(a + self.dt_bias.to(wide))
         o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
-        o = self.norm(o).flatten(2)  # [B, T, H V]
-        if self.gate is not None:
-            o = o * F.silu(self.gate(x))
-        return Mixed(self.out(o.to(x.dtype)), GatedDeltaState(memory, tail))
+        return Mixed(self.read(o, x), GatedDeltaState(memory, tail))

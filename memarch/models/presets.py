@@ -38,6 +38,9 @@ PRESETS: dict[str, Preset] = {
     "window-tiny": Preset("attention", TRANSFORMER, "transformer-tiny", {"parts.M.mixer.window": 16}),
     "short-conv-tiny": Preset("convolution", "Fu et al. 2023, arXiv 2212.14052", None, tiny({"kind": "short_conv"})),
     "gated-delta-tiny": Preset("linear", GDN, None, tiny({"kind": "gated_delta", "heads": 2})),
+    "delta-net-tiny": Preset("linear", "Yang et al. 2024, arXiv 2406.06484", None, tiny({"kind": "delta_net", "heads": 2})),
+    "retnet-tiny": Preset("linear", "Sun et al. 2023, arXiv 2307.08621", None, tiny({"kind": "retnet", "heads": 2})),
+    "linear-attention-tiny": Preset("linear", "Katharopoulos et al. 2020, arXiv 2006.16236", None, tiny({"kind": "linear_attention", "heads": 2})),
     "hybrid-tiny": Preset(
         "hybrid",
         GDN,

@@ -1,0 +1,89 @@
+"""DeltaNet (Yang et al. 2024): a matrix memory that overwrites what it stored under a key, and never forgets by itself.
+
+    S_t = S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T;  o_t = S_t^T q_t / sqrt(K);  y_t = W_o RMSNorm(o_t)
+
+q, k, v come through a short convolution and SiLU, q and k have unit length. b_t = sigmoid(w_b x_t), twice that if `negative`: an erasure
+beyond zero lets the memory track parity (Grazzi et al. 2024).
+
+    H heads   K key width   V value width   S [K, V] memory of one head
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memarch.config import LayerConfig, require
+from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.kernels.delta_rule import delta_rule
+from memarch.kernels.delta_rule.torch_impl import CHUNK
+from memarch.layers.parts import Linear
+from memarch.layers.parts.heads import Heads, Readout, key_width
+from memarch.layers.parts.norm import l2_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(LayerConfig):
+    kind: Literal["delta_net"] = "delta_net"
+    heads: int = 4
+    head_dim: int | None = None  # width of keys; None: dim / heads
+    value_dim: int | None = None  # width of values of one head; None: head_dim
+    conv: int = 4  # taps; 0 for none
+    negative: bool = False  # write strengths up to 2
+    init: Literal["standard", "recall"] = "standard"
+
+    paper: ClassVar[str] = "Yang et al. 2024, arXiv 2406.06484"
+
+    def __post_init__(self) -> None:
+        require(self.heads > 0, f"heads must be at least 1, got {self.heads}.")
+        require(self.conv >= 0, f"conv counts taps, 0 for none, got {self.conv}.")
+
+    def widths(self, dim: int) -> tuple[int, int]:
+        key = key_width(self.heads, self.head_dim, dim)
+        return key, self.value_dim or key
+
+    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "DeltaNet":
+        return DeltaNet(self, dim)
+
+    def num_params(self, dim: int) -> int:
+        key, value = self.widths(dim)
+        return Heads.num_params(dim, self.heads, key, value, self.conv) + self.heads * dim + Readout.num_params(dim, self.heads, value, gate=False)
+
+    def span(self) -> int:
+        return max(CHUNK, self.conv)
+
+    @classmethod
+    def examples(cls) -> list[LayerConfig]:
+        return [cls(heads=2), cls(heads=3, head_dim=4, value_dim=6, conv=0, negative=True), cls(heads=2, conv=2, init="recall")]
+
+
+class DeltaNetState(NamedTuple):
+    memory: Tensor  # [B, H, K, V], fp32 at least
+    tail: Tensor  # [B, conv - 1, H (2K + V)]
+
+
+class DeltaNet(SequenceMixer):
+    def __init__(self, cfg: DeltaNetConfig, dim: int):
+        super().__init__()
+        self.cfg = cfg
+        self.key, self.value = cfg.widths(dim)
+        self.into = Heads(dim, cfg.heads, self.key, self.value, cfg.conv)
+        self.b = Linear(dim, cfg.heads)
+        self.read = Readout(dim, cfg.heads, self.value, gate=False)
+
+    def init_(self, depth: int, generator: torch.Generator) -> None:
+        self.into.init_(generator, self.cfg.init == "recall")
+        self.b.init_(generator)
+        self.read.init_(depth, generator)
+
+    def start(self, batch: int) -> DeltaNetState:
+        return DeltaNetState(self.read.memory(batch, self.cfg.heads, self.key, self.value), self.into.start(batch))
+
+    def forward(self, x: Tensor, state: DeltaNetState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        memory, tail = (None, None) if state is None else state
+        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]
+        beta = self.b(x).to(torch.promote_types(x.dtype, torch.float32)).sigmoid() * (2 if self.cfg.negative else 1)  # [B, T, H]
+        o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, beta, None, memory, lengths=lengths)
+        return Mixed(self.read(o, x), DeltaNetState(memory, tail))
