@@ -222,6 +222,14 @@ def test_generate_says_the_prompt_and_what_follows(exported, capsys, monkeypatch
     assert call(capsys, "generate", exported, "--tokens", "8", "--seed", "1")[1] == out
 
 
+def test_generate_ends_at_a_stop_token(exported, capsys):
+    """Greedy, so that both calls say the same until one is told to stop at the first new byte."""
+    whole = call(capsys, "generate", exported, "The ", "--tokens", "8", "--temperature", "0")[1]
+    first = whole.removeprefix("The ").encode()[0]
+    short = call(capsys, "generate", exported, "The ", "--tokens", "8", "--temperature", "0", "--stop", str(first))[1]
+    assert len(short) <= len("The ") + 2 < len(whole)
+
+
 def test_generate_with_a_tokenizer(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="choose among this many")
     parser.add_argument("--top-p", type=float, help="choose among the most likely that together have this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", type=int, nargs="+", default=[], metavar="ID", help="token ids that end the text: 10 is a newline in bytes")
     parser.add_argument("--tokenizer", help="the tokenizer.json that `memarch prepare` was given, for a model that does not read bytes")
 
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     require(prompt != "", "the prompt is empty; a model needs at least one token to go on from.")
     model = load.load(args)
-    how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed, "stop": args.stop}
     if args.tokenizer is None:
         from memarch.generation import generate_text
 
