@@ -65,6 +65,19 @@ def test_law_8_aux_reaches_the_output(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_aux_of_a_stream_is_that_of_the_whole(name, monkeypatch):
+    """A segment wrapper runs some pieces that hold no token of a row; they must not count in the mean."""
+    plain = SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda self, x: Fed(plain(self, x).y, {"loss/extra": x.abs().mean()}))
+    model = create_model(name).double()
+    x = ids(model, 2, 10)
+    whole, streamed = model(x).aux, model(x, model.start(2)).aux
+    assert whole.keys() == streamed.keys()
+    for key in whole:
+        close(streamed[key], whole[key], key)
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_recomputation_changes_no_gradient(name):
     a, b = create_model(name).double(), create_model(name).double()
     b.core.recompute = True

@@ -7,7 +7,7 @@ the inner state plus the place, and the next segment is opened the moment one cl
     B rows   T tokens   D width   L segment
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class SegmentWrapper(SequenceMixer):
                 piece = x[:, i * self.size : (i + 1) * self.size]
                 h = self.inner(piece, inner, below=EMPTY)
                 pieces.append(h.y)
-                share = piece.shape[1] / total
+                share: Any = piece.shape[1] / total
                 finished: Tensor | None = None
                 place = torch.full_like(place, piece.shape[1] % self.size)
             else:
@@ -72,7 +72,7 @@ class SegmentWrapper(SequenceMixer):
                 h = self.inner(x.gather(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, D)), inner, below=EMPTY, lengths=take)
                 real = (offset < take[:, None])[..., None]  # pads add nothing
                 y = y.scatter_add(1, index.clamp(max=T - 1)[..., None].expand(-1, -1, D), torch.where(real, h.y, 0).to(y.dtype))
-                share = 1 / count
+                share = take.sum() / left.sum().clamp(min=1)  # some pieces hold no token of any row
                 done, place = done + take, place + take
                 finished = place == self.size
                 place = torch.where(finished, 0, place)
