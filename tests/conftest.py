@@ -6,6 +6,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported: Triton kernels run on the CPU when forced
+
 torch.set_num_threads(1)  # two OpenMP pools under two test processes are many times slower than one thread each
 
 

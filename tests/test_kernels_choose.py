@@ -101,6 +101,7 @@ def example(op: str) -> tuple:
     return {
         "attention": (x, x, x),
         "delta_rule": (x, x, x, None, None),
+        "gated_linear": (x, x, x, -x.abs()),
         "short_conv": (x[:, :, 0], torch.randn(4, 3)),
         "product_key_topk": (x, x, 2),
         "taylor_attention": (x, x, x),

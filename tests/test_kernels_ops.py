@@ -44,6 +44,15 @@ def delta_rule(T: int, B: int = 3, H: int = 2, K: int = 5, V: int = 7) -> Iterat
         yield Case(f"T{T} " + " ".join(n for n, on in (("beta", beta), ("g", g), ("state", state), ("lengths", lengths)) if on), inputs, defined)
 
 
+def gated_linear(T: int, B: int = 3, H: int = 2, K: int = 5, V: int = 7) -> Iterator[Case]:
+    for strong, state, lengths in ((0, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 0), (0, 1, 1)):
+        inputs = {"q": draw(B, T, H, K), "k": draw(B, T, H, K), "v": draw(B, T, H, V)}
+        inputs["g"] = -F.softplus(draw(B, T, H, K)) * (40 if strong else 1)
+        inputs["state"] = draw(B, H, K, V) if state else None
+        inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+        yield Case(f"T{T} " + "strong " * strong + "state " * state + "lengths" * lengths, inputs, defined)
+
+
 def short_conv(T: int, B: int = 3, D: int = 5) -> Iterator[Case]:
     for W, bias, state, lengths in ((1, 1, 1, 1), (2, 0, 0, 0), (4, 1, 0, 1), (4, 0, 1, 0), (4, 1, 1, 1), (7, 1, 1, 1)):
         inputs = {"x": draw(B, T, D), "weight": draw(D, W), "bias": draw(D) if bias else None, "state": draw(B, W - 1, D) if state else None}
@@ -90,6 +99,7 @@ def weighted_bag(T: int) -> Iterator[Case]:
 CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention,
     "delta_rule": delta_rule,
+    "gated_linear": gated_linear,
     "product_key_topk": product_key_topk,
     "short_conv": short_conv,
     "taylor_attention": taylor_attention,
@@ -130,12 +140,12 @@ def run(op: str, inputs: dict[str, Any], impl: str | None, defined: Tensor | Non
     out = getattr(OPS[op], op)(**inputs, impl=impl)
     outs = list(out) if isinstance(out, tuple) else [out]
     if defined is not None:
-        outs[0] = outs[0] * defined.view(*defined.shape, *[1] * (outs[0].ndim - 2)).to(outs[0].dtype)
+        outs[0] = outs[0] * defined.view(*defined.shape, *[1] * (outs[0].ndim - 2)).to(outs[0])
     found = {f"output{i}": x.detach() for i, x in enumerate(outs)}
     wanted = {name: x for name, x in leaves(inputs).items() if x.requires_grad}
     if wanted:
         seed = torch.Generator().manual_seed(1)
-        loss = sum((x * torch.randn(x.shape, generator=seed, dtype=torch.float64).to(x.dtype)).sum() for x in outs if x.requires_grad)
+        loss = sum((x * torch.randn(x.shape, generator=seed, dtype=torch.float64).to(x)).sum() for x in outs if x.requires_grad)
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         found |= {f"gradient of {name}": torch.zeros_like(x) if y is None else y for (name, x), y in zip(wanted.items(), grads, strict=True)}
     return found
@@ -201,7 +211,7 @@ def test_inputs_are_left_alone(op, impl):
             assert torch.equal(x, before[name]), f"{case.name}: {name}"
 
 
-LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "short_conv", "taylor_attention")]
+LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "gated_linear", "short_conv", "taylor_attention")]
 
 
 @pytest.mark.parametrize("op, impl", LOW)
@@ -228,6 +238,7 @@ def rms(x: Tensor) -> float:
 COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T)
     "attention": ((65, 3), (65, 6), (130, 4), (1, 4)),
     "delta_rule": ((65, 15), (65, 0), (1, 4)),
+    "gated_linear": ((65, 4), (65, 0), (1, 4)),
     "product_key_topk": ((2, 0),),
     "short_conv": ((65, 4), (1, 4)),
     "taylor_attention": ((65, 3), (65, 0), (1, 3)),
@@ -264,9 +275,9 @@ def test_forcing_is_seen_inside_a_graph():
     assert torch.equal(compiled(), free)
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "short_conv"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv"])
 def test_gradients_by_finite_differences(op):
-    for case in {"delta_rule": _tiny_delta(12), "short_conv": _tiny_conv(5)}[op]:
+    for case in {"delta_rule": _tiny_delta(12), "gated_linear": _tiny_gated(12), "short_conv": _tiny_conv(5)}[op]:
         inputs = prepare(case.inputs)
 
         def call(*xs: Tensor, inputs: dict[str, Any] = inputs) -> Any:
@@ -281,11 +292,16 @@ def _tiny_delta(T: int) -> Iterator[Case]:
         yield Case("", inputs | {"beta": draw(1, T, 1).sigmoid() if beta else None, "g": -draw(1, T, 1).exp() if g else None})
 
 
+def _tiny_gated(T: int) -> Iterator[Case]:
+    inputs = {"q": draw(1, T, 1, 2), "k": draw(1, T, 1, 2), "v": draw(1, T, 1, 3), "g": -draw(1, T, 1, 2).exp(), "state": draw(1, 1, 2, 3)}
+    yield Case("", inputs)
+
+
 def _tiny_conv(T: int) -> Iterator[Case]:
     yield Case("", {"x": draw(2, T, 2), "weight": draw(2, 3), "bias": draw(2), "state": draw(2, 2, 2), "lengths": torch.tensor([1, T])})
 
 
-STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "short_conv": ("x",), "taylor_attention": ("q", "k", "v")}
+STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "gated_linear": ("q", "k", "v", "g"), "short_conv": ("x",), "taylor_attention": ("q", "k", "v")}
 
 
 @pytest.mark.parametrize("op", STATEFUL)
@@ -294,6 +310,7 @@ STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "short_conv": ("x",), "t
 def test_pieces_equal_whole(op, impl, cuts):
     case = {
         "delta_rule": lambda: list(delta_rule(70))[3],
+        "gated_linear": lambda: list(gated_linear(70))[3],
         "short_conv": lambda: list(short_conv(70))[3],
         "taylor_attention": lambda: list(taylor_attention(70))[3],
     }[op]()
@@ -359,21 +376,25 @@ def test_only_one_output_is_used(op, used):
 
 def test_opcheck():
     from memarch.kernels.delta_rule import torch_impl as delta
+    from memarch.kernels.gated_linear import torch_impl as gated
     from memarch.kernels.short_conv import torch_impl as conv
 
     for case in (list(delta_rule(65))[i] for i in (0, 7)):
         x = prepare(case.inputs)
         torch.library.opcheck(delta.operator, (*(x[n] for n in ("q", "k", "v", "beta", "g", "state")), True))
+    x = prepare(list(gated_linear(65))[3].inputs)
+    torch.library.opcheck(gated.operator, (*(x[n] for n in ("q", "k", "v", "g", "state")), True))
     for case in (list(short_conv(7))[i] for i in (1, 4)):
         x = prepare(case.inputs)
         torch.library.opcheck(conv.operator, tuple(x[n] for n in ("x", "weight", "bias", "state", "lengths")))
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "short_conv", "taylor_attention"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv", "taylor_attention"])
 def test_flops_are_counted(op):
     """Inside the operators, forward and backward; without a graph the matrix products are counted one by one, which must agree."""
     T = 128
-    cases = {"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "short_conv": list(short_conv(T))[4], "taylor_attention": list(taylor_attention(T))[2]}
+    cases = {"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "gated_linear": list(gated_linear(T, K=16, V=16))[0]}
+    cases |= {"short_conv": list(short_conv(T))[4], "taylor_attention": list(taylor_attention(T))[2]}
     inputs = prepare(cases[op].inputs)
     with kernels.flop_counter() as counter:
         outs_and_grads(getattr(OPS[op], op)(**inputs), inputs)

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memarch.kernels import attention, delta_rule, flops, product_key_topk, short_conv, taylor_attention, weighted_bag
+from memarch.kernels import attention, delta_rule, flops, gated_linear, product_key_topk, short_conv, taylor_attention, weighted_bag
 from memarch.kernels.choose import Machine, known_bad, machine, using
 
 OPS = {
     "attention": attention,
     "delta_rule": delta_rule,
+    "gated_linear": gated_linear,
     "product_key_topk": product_key_topk,
     "short_conv": short_conv,
     "taylor_attention": taylor_attention,

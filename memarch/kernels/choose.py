@@ -7,6 +7,7 @@ Every op folder has the public function, the dict IMPLEMENTATIONS, `why_not(name
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ class Machine(NamedTuple):
     triton: str | None = None  # its version, when installed
     capability: tuple[int, int] | None = None  # compute capability of the CUDA device
     flash: str | None = "flash-attn needs a CUDA device"  # why flash-attn cannot be used, or None when it can
+    interpreted: bool = False  # TRITON_INTERPRET=1: Triton kernels run on a CPU, slowly and only when forced
 
 
 class Choice(NamedTuple):
@@ -35,8 +37,10 @@ _forced: dict[str, str] = {}  # op name, or "*" for every op -> implementation
 
 
 def machine(device_type: str) -> Machine:
-    """The facts about this machine, gathered once. Only a CUDA device has any that matter."""
-    return NO_GPU if device_type != "cuda" else _look()
+    """The facts about this machine, gathered once. Only a CUDA device has any that matter, and Triton's interpreter, which is for tests."""
+    if device_type == "cuda":
+        return _look()
+    return Machine(interpreted=True) if _interpreted() else NO_GPU
 
 
 def _look() -> Machine:
@@ -48,8 +52,12 @@ def _look() -> Machine:
     return _machines["cuda"]
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 # What torch.compiler.assume_constant_result sets; calling that would import dynamo, and triton with it.
-_look._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_look._dynamo_marked_constant = _interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def version(text: str) -> Version:
@@ -76,13 +84,14 @@ def known_bad(capability: tuple[int, int] | None, triton_version: str | None) ->
     return None
 
 
-def triton_cannot(device_type: str, here: Machine) -> str | None:
-    """What keeps every Triton kernel from running; an op adds its own conditions on dtype and shape."""
+def triton_cannot(device_type: str, here: Machine, transposes: bool = True) -> str | None:
+    """What keeps a Triton kernel from running; an op adds its own conditions on dtype and shape. `transposes`: the kernel has a `tl.trans`
+    of what a dot made, which the known bad pairs get wrong."""
     if device_type != "cuda":
-        return f"no GPU: the tensors are on {device_type}"
+        return None if here.interpreted else f"no GPU: the tensors are on {device_type}"
     if here.triton is None:
         return "triton is not installed"
-    return known_bad(here.capability, here.triton)
+    return known_bad(here.capability, here.triton) if transposes else None
 
 
 @contextmanager

@@ -16,18 +16,16 @@ and the newest token's part in the new S, is left out of these sums: added and s
     B rows   T tokens   H heads   K key width   V value width   N chunks   C tokens in a chunk   X = B H
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memarch.kernels.autocast import exact
+from memarch.kernels.chunks import chunks, crop, cut, groups, padded, put
 
 CHUNK = 32  # against 64: 25 % faster at 64 x 64 in float32 on a CPU
 WIDE = 128 * 128  # from this memory size on both take the same time, and chunks of twice the length keep half as many memories
-GROUP = 2048  # tokens (times heads) worked on at once: enough to amortise a call, few enough to stay in the cache
 LEAF = 16  # up to this size a triangular solve is faster than splitting once more
 
 Maybe = Tensor | None
@@ -182,40 +180,6 @@ def grid(T: int, K: int, V: int) -> tuple[int, int]:
     chunk = CHUNK if K * V < WIDE else 2 * CHUNK
     N = (T + chunk - 1) // chunk
     return N, (T + N - 1) // N
-
-
-def groups(N: int, C: int, X: int) -> Iterator[slice]:
-    n = max(1, GROUP // (C * X))
-    return (slice(i, min(i + n, N)) for i in range(0, N, n))
-
-
-def chunks(part: slice, X: int) -> Iterator[tuple[int, slice]]:
-    """The number of every chunk in a group, and where its matrices lie."""
-    return ((i, slice((i - part.start) * X, (i - part.start + 1) * X)) for i in range(part.start, part.stop))
-
-
-def padded(T: int, *xs: Maybe) -> list[Any]:
-    """[B, t, H, .] and [B, t, H] -> [B, T, H, .], filled with zeros, which is a token that changes nothing."""
-    four = [x[..., None] if x is not None and x.ndim == 3 else x for x in xs]
-    return [x if x is None or x.shape[1] == T else F.pad(x, (0, 0, 0, 0, 0, T - x.shape[1])) for x in four]
-
-
-def cut(x: Maybe, N: int, part: slice, dtype: torch.dtype) -> Any:
-    """[B, N C, H, .] -> the chunks of `part` [n X, C, .], each matrix in one piece and in the working dtype."""
-    if x is None:
-        return None
-    y = x.unflatten(1, (N, -1))[:, part].permute(1, 0, 3, 2, 4)  # [n, B, H, C, .]
-    return torch.empty(y.shape, dtype=dtype, device=x.device).copy_(y).flatten(0, 2)
-
-
-def put(x: Tensor, N: int, part: slice, value: Tensor) -> None:
-    """The reverse of `cut`: write chunks into [B, N C, H, .]."""
-    B, _, H, _ = x.shape
-    x.unflatten(1, (N, -1))[:, part].copy_(value.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4))
-
-
-def crop(x: Tensor, T: int) -> Tensor:
-    return x if x.shape[1] == T else x[:, :T].clone()
 
 
 def decay(g: Maybe, k: Tensor) -> tuple[Tensor, Any, Any, Any]:

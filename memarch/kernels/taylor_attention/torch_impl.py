@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as nnF
 from torch import Tensor
 
 from memarch.kernels.autocast import exact
+from memarch.kernels.chunks import crop, cut, groups, padded, put, view
 
 CHUNK = 64  # forward and backward at B 2, H 4, F 16, V 64, T 1024 in float32 on one CPU core: 31 ms; with 32 or 128 it is 34
 QUADRATIC = 256  # up to here one chunk: half the time forward and backward without a state, the same with one; at 320 forward is slower
-GROUP = 2048  # tokens (times heads) worked on at once: enough to amortise a call, few enough to stay in the cache
 
 Maybe = Tensor | None
 
@@ -187,16 +186,6 @@ def triangle(F: int) -> Iterator[tuple[int, slice]]:
         begin += F - i
 
 
-def groups(N: int, C: int, X: int) -> Iterator[slice]:
-    n = max(1, GROUP // (C * X))
-    return (slice(i, min(i + n, N)) for i in range(0, N, n))
-
-
-def padded(T: int, *xs: Tensor) -> list[Tensor]:
-    """[B, t, H, .] -> [B, T, H, .], filled with zeros."""
-    return [x if x.shape[1] == T else nnF.pad(x, (0, 0, 0, 0, 0, T - x.shape[1])) for x in xs]
-
-
 def ones(B: int, T: int, end: int, H: int, lengths: Maybe, like: Tensor) -> Tensor:
     """[B, end, H, 1]: 1 for a token, 0 for a pad."""
     place = torch.arange(end, device=like.device)
@@ -207,16 +196,6 @@ def ones(B: int, T: int, end: int, H: int, lengths: Maybe, like: Tensor) -> Tens
 def local(N: int, part: slice, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, one: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> Q^T, K^T [n X, F, C] and V1 [n X, C, V+1]."""
     return turned(q, N, part, dtype), turned(k, N, part, dtype), join(N, part, dtype, v, one)
-
-
-def view(x: Tensor, N: int, part: slice) -> Tensor:
-    return x.unflatten(1, (N, -1))[:, part].permute(1, 0, 3, 2, 4)  # [n, B, H, C, .]
-
-
-def cut(x: Tensor, N: int, part: slice, dtype: torch.dtype) -> Tensor:
-    """[B, N C, H, .] -> the chunks of `part` [n X, C, .], each matrix in one piece and in the working dtype."""
-    y = view(x, N, part)
-    return torch.empty(y.shape, dtype=dtype, device=x.device).copy_(y).flatten(0, 2)
 
 
 def turned(x: Tensor, N: int, part: slice, dtype: torch.dtype) -> Tensor:
@@ -232,16 +211,6 @@ def join(N: int, part: slice, dtype: torch.dtype, x: Tensor, last: Tensor) -> Te
     out[..., :-1].copy_(y)
     out[..., -1:].copy_(view(last, N, part))
     return out.flatten(0, 2)
-
-
-def put(x: Tensor, N: int, part: slice, value: Tensor) -> None:
-    """The reverse of `cut`: write chunks into [B, N C, H, .]."""
-    B, _, H, _ = x.shape
-    view(x, N, part).copy_(value.unflatten(0, (-1, B, H)))
-
-
-def crop(x: Tensor, T: int) -> Tensor:
-    return x if x.shape[1] == T else x[:, :T].clone()
 
 
 operator = torch.library.custom_op("memarch::taylor_attention", chunked, mutates_args=())

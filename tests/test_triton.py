@@ -1,0 +1,87 @@
+"""Triton kernels without a GPU: under Triton's interpreter against `reference`, and compiled for sm_90. With a GPU: the same sweep on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memarch import kernels
+from memarch.kernels import OPS
+from test_kernels_ops import CASES, close, prepare, rms, run
+
+TRITON = [op for op in OPS if "triton" in OPS[op].IMPLEMENTATIONS]
+LENGTHS = (1, 2, 17, 65, 130)
+SHARED = 232448  # bytes of shared memory one block can have on Hopper
+
+
+@pytest.mark.parametrize("op", TRITON)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_interpreted_equals_reference(op, T):
+    """In float64, so that nothing hides in a tolerance: outputs, states and every gradient."""
+    assert not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"
+    for case in CASES[op](T):
+        truth = run(op, prepare(case.inputs), "reference", case.defined)
+        found = run(op, prepare(case.inputs), "triton", case.defined)
+        assert found.keys() == truth.keys()
+        for name in truth:
+            close(found[name], truth[name], 1e-10, f"{case.name}, {name}")
+
+
+@pytest.mark.parametrize("op", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_interpreted_low_precision(op, dtype):
+    for case in list(CASES[op](65))[-2:]:
+        rounded = {n: x.to(dtype).double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in case.inputs.items()}
+        truth = run(op, prepare(rounded), "reference", case.defined)
+        plain, fast = (run(op, prepare(rounded, dtype), name, case.defined) for name in ("reference", "triton"))
+        for name in truth:
+            error, allowed = (rms(x[name].double() - truth[name]) for x in (fast, plain))
+            factor, floor = 3 if name.startswith("gradient") else 2, 16 * torch.finfo(torch.float32).eps * rms(truth[name])
+            floor = floor if dtype == torch.float32 else max(floor, torch.finfo(dtype).eps * rms(truth[name]))
+            assert error <= factor * allowed + floor, f"{case.name}, {name}: {error:.2e}, the reference {allowed:.2e}"
+
+
+@pytest.mark.parametrize("op", TRITON)
+def test_only_forced_without_a_gpu(op):
+    assert OPS[op].pick("cpu", torch.float32).name != "triton"
+    assert OPS[op].pick("cpu", torch.float32, here=kernels.Machine(interpreted=True)).name != "triton"
+    assert OPS[op].pick("cuda", torch.bfloat16, here=kernels.Machine("3.7.1", (9, 0))).name == "triton"
+    assert "no GPU" in OPS[op].why_not("triton", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("op", TRITON)
+def test_compiles_for_hopper(op):
+    """Without the interpreter, so in another process: fits the shared memory, spills no registers, uses the matrix units where it says so, and
+    transposes nothing (kernels/launch.py says why)."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, Path(__file__).parent / "triton_compile.py", op], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows, "checks() of the op's triton_impl names what to compile"
+    for row in rows:
+        assert row["shared"] <= SHARED, row
+        assert row["stack"] == 0, row
+        assert row["wgmma"] or not row["wants_wgmma"], row
+        assert not row["transposes"], row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(op, dtype):
+    """Against `reference` on the same rounded inputs: twice its error for outputs, three times for gradients."""
+    for T in (1, 2, 63, 64, 65, 130, 1000):
+        for case in CASES[op](T):
+            inputs = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in case.inputs.items()}
+            defined = None if case.defined is None else case.defined.cuda()
+            rounded = {n: x.to(dtype).double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
+            truth = run(op, prepare(rounded), "reference", defined)
+            plain, fast = (run(op, prepare(rounded, dtype), name, defined) for name in ("reference", "triton"))
+            for name in truth:
+                error, allowed = (rms(x[name].double() - truth[name]) for x in (fast, plain))
+                factor, floor = 3 if name.startswith("gradient") else 2, 16 * torch.finfo(torch.float32).eps * rms(truth[name])
+                assert error <= factor * allowed + floor, f"{case.name}, {name}: {error:.2e}, the reference {allowed:.2e}"
