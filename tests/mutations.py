@@ -26,7 +26,7 @@ class Mutation(NamedTuple):
 
 
 LAWS, TABLES, MODEL = "tests/test_laws.py", "tests/test_tables.py", "tests/test_model.py"
-GD, AT, LM = "memarch/layers/gated_delta.py", "memarch/layers/attention.py", "memarch/models/lm.py"
+GD, AT, LM = "memarch/layers/parts/recurrent.py", "memarch/layers/attention.py", "memarch/models/lm.py"
 HEADS = "memarch/layers/parts/heads.py"
 
 MUTATIONS = [
@@ -40,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "detach the state inside",
         GD,
-        "return Mixed(self.read(o, x), GatedDeltaState(memory, tail))",
-        "return Mixed(self.read(o, x), GatedDeltaState(memory.detach(), tail))",
+        "return Mixed(self.read(o, x), RecurrentState(memory, tail))",
+        "return Mixed(self.read(o, x), RecurrentState(memory.detach(), tail))",
         LAWS,
     ),
     Mutation(
@@ -85,7 +85,7 @@ MUTATIONS = [
         "change the state that was given",
         GD,
         "        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]\n",
-        "        if memory is not None:\n            memory.data.mul_(0.5)\n        q, k, v, tail = self.into(x, tail, lengths)\n",
+        "        if isinstance(memory, Tensor):\n            memory.data.mul_(0.5)\n        q, k, v, tail = self.into(x, tail, lengths)\n",
         LAWS,
     ),
     Mutation("mix rows", HEADS, "o = self.norm(o).flatten(2)  # [B, T, H V]", "o = self.norm(o + 1e-3 * o.mean(0, keepdim=True)).flatten(2)", LAWS),

@@ -13,7 +13,7 @@ def inputs(T=70):
 
 
 def heads(layer, x):
-    return [part.unflatten(-1, (layer.cfg.heads, -1)) for part in layer.into.qkv(x).split(layer.into.sizes, -1)]
+    return [part.unflatten(-1, (layer.heads, -1)) for part in layer.into.qkv(x).split(layer.into.sizes, -1)]
 
 
 def test_gated_delta_that_never_forgets_is_delta_net():

@@ -10,18 +10,18 @@ beyond zero lets the memory track parity (Grazzi et al. 2024).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
-from memarch.layers.parts import Linear
-from memarch.layers.parts.heads import Heads, Readout, key_width
+from memarch.layers.parts.heads import key_width
 from memarch.layers.parts.norm import l2_norm
+from memarch.layers.parts.recurrent import Recurrent, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,14 @@ class DeltaNetConfig(LayerConfig):
         key = key_width(self.heads, self.head_dim, dim)
         return key, self.value_dim or key
 
+    def rule(self, dim: int) -> "DeltaNetRule":
+        return DeltaNetRule(self.heads, *self.widths(dim), self.negative)
+
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "DeltaNet":
-        return DeltaNet(self, dim)
+        return DeltaNet(dim, self.rule(dim), self.conv, gate=False, recall=self.init == "recall")
 
     def num_params(self, dim: int) -> int:
-        key, value = self.widths(dim)
-        return Heads.num_params(dim, self.heads, key, value, self.conv) + self.heads * dim + Readout.num_params(dim, self.heads, value, gate=False)
+        return Recurrent.num_params(dim, self.rule(dim), self.conv, gate=False)
 
     def span(self) -> int:
         return max(CHUNK, self.conv)
@@ -59,31 +61,17 @@ class DeltaNetConfig(LayerConfig):
         return [cls(heads=2), cls(heads=3, head_dim=4, value_dim=6, conv=0, negative=True), cls(heads=2, conv=2, init="recall")]
 
 
-class DeltaNetState(NamedTuple):
-    memory: Tensor  # [B, H, K, V], fp32 at least
-    tail: Tensor  # [B, conv - 1, H (2K + V)]
+class DeltaNetRule(Rule):
+    gates = "b"  # the raw write strength
+
+    def __init__(self, heads: int, key: int, value: int, negative: bool = False):
+        super().__init__(heads, key, value)
+        self.raw, self.negative = heads, negative
+
+    def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        beta = raw.to(torch.promote_types(v.dtype, torch.float32)).sigmoid() * (2 if self.negative else 1)  # [B, T, H]
+        return delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, beta, None, memory, lengths=lengths)
 
 
-class DeltaNet(SequenceMixer):
-    def __init__(self, cfg: DeltaNetConfig, dim: int):
-        super().__init__()
-        self.cfg = cfg
-        self.key, self.value = cfg.widths(dim)
-        self.into = Heads(dim, cfg.heads, self.key, self.value, cfg.conv)
-        self.b = Linear(dim, cfg.heads)
-        self.read = Readout(dim, cfg.heads, self.value, gate=False)
-
-    def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.into.init_(generator, self.cfg.init == "recall")
-        self.b.init_(generator)
-        self.read.init_(depth, generator)
-
-    def start(self, batch: int) -> DeltaNetState:
-        return DeltaNetState(self.read.memory(batch, self.cfg.heads, self.key, self.value), self.into.start(batch))
-
-    def forward(self, x: Tensor, state: DeltaNetState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
-        memory, tail = (None, None) if state is None else state
-        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]
-        beta = self.b(x).to(torch.promote_types(x.dtype, torch.float32)).sigmoid() * (2 if self.cfg.negative else 1)  # [B, T, H]
-        o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, beta, None, memory, lengths=lengths)
-        return Mixed(self.read(o, x), DeltaNetState(memory, tail))
+class DeltaNet(Recurrent):
+    """A matrix memory that overwrites."""

@@ -11,20 +11,20 @@ The read is normalised per head and gated, y_t = W_o [RMSNorm(o_t) * SiLU(W_g x_
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
-from memarch.layers.parts import Linear
-from memarch.layers.parts.heads import Heads, Readout, key_width
+from memarch.layers.parts.heads import key_width
 from memarch.layers.parts.linear import uniform
 from memarch.layers.parts.norm import l2_norm
+from memarch.layers.parts.recurrent import Recurrent, Rule
 
 DT = (1e-3, 0.1)  # the range of softplus(dt) at init, log-uniform: Mamba's, and everybody's since
 
@@ -51,13 +51,14 @@ class GatedDeltaConfig(LayerConfig):
         key = key_width(self.heads, self.head_dim, dim)
         return key, self.value_dim or key
 
+    def rule(self, dim: int) -> "GatedDeltaRule":
+        return GatedDeltaRule(self.heads, *self.widths(dim), self.decay)
+
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "GatedDelta":
-        return GatedDelta(self, dim)
+        return GatedDelta(dim, self.rule(dim), self.conv, gate=self.gate, recall=self.init == "recall")
 
     def num_params(self, dim: int) -> int:
-        key, value = self.widths(dim)
-        gates = 2 * self.heads * dim + 2 * self.heads
-        return Heads.num_params(dim, self.heads, key, value, self.conv) + gates + Readout.num_params(dim, self.heads, value, self.gate)
+        return Recurrent.num_params(dim, self.rule(dim), self.conv, self.gate)
 
     def span(self) -> int:
         return max(CHUNK, self.conv)
@@ -67,39 +68,36 @@ class GatedDeltaConfig(LayerConfig):
         return [cls(heads=2), cls(heads=3, head_dim=4, value_dim=6, conv=0, gate=False), cls(heads=2, conv=2, decay=(1e-3, 1.0), init="recall")]
 
 
-class GatedDeltaState(NamedTuple):
-    memory: Tensor  # [B, H, K, V], fp32 at least
-    tail: Tensor  # [B, conv - 1, H (2K + V)]
+class GatedDeltaRule(Rule):
+    gates = "ab"  # the raw decay and the raw write strength
+
+    def __init__(self, heads: int, key: int, value: int, decay: tuple[float, float] = (0.0, 16.0)):
+        super().__init__(heads, key, value)
+        self.raw, self.decay = 2 * heads, decay
+
+    def make(self, owner: Any) -> None:
+        owner.A_log = nn.Parameter(torch.empty(self.heads))
+        owner.dt_bias = nn.Parameter(torch.empty(self.heads))
+
+    def num_params(self) -> int:
+        return 2 * self.heads
+
+    def init_(self, owner: Any, generator: torch.Generator) -> None:
+        owner.A_log.copy_(uniform((self.heads,), *self.decay, generator).clamp(min=1e-4).log())
+        owner.dt_bias.copy_(draw_dt(self.heads, generator))
+
+    def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        wide = torch.promote_types(v.dtype, torch.float32)
+        a, b = raw.to(wide).chunk(2, -1)  # [B, T, H]
+        g = -owner.A_log.to(wide).exp() * F.softplus(a + owner.dt_bias.to(wide))
+        return delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
 
 
-class GatedDelta(SequenceMixer):
-    def __init__(self, cfg: GatedDeltaConfig, dim: int):
-        super().__init__()
-        self.cfg, self.heads = cfg, cfg.heads
-        self.key, self.value = cfg.widths(dim)
-        self.into = Heads(dim, cfg.heads, self.key, self.value, cfg.conv)
-        self.ab = Linear(dim, 2 * self.heads)  # the raw decay and the raw write strength
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.read = Readout(dim, cfg.heads, self.value, cfg.gate)
+def draw_dt(heads: int, generator: torch.Generator) -> Tensor:
+    """Biases b with softplus(b) log-uniform in DT."""
+    dt = uniform((heads,), math.log(DT[0]), math.log(DT[1]), generator).exp()
+    return dt + torch.log(-torch.expm1(-dt))
 
-    def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.into.init_(generator, self.cfg.init == "recall")
-        self.ab.init_(generator)
-        low, high = self.cfg.decay
-        self.A_log.copy_(uniform((self.heads,), low, high, generator).clamp(min=1e-4).log())
-        dt = uniform((self.heads,), math.log(DT[0]), math.log(DT[1]), generator).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        self.read.init_(depth, generator)
 
-    def start(self, batch: int) -> GatedDeltaState:
-        return GatedDeltaState(self.read.memory(batch, self.heads, self.key, self.value), self.into.start(batch))
-
-    def forward(self, x: Tensor, state: GatedDeltaState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
-        memory, tail = (None, None) if state is None else state
-        q, k, v, tail = self.into(x, tail, lengths)  # [B, T, H, K or V]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        a, b = self.ab(x).to(wide).chunk(2, -1)  # [B, T, H]
-        g = -self.A_log.to(wide).exp() * F.softplus(a + self.dt_bias.to(wide))
-        o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
-        return Mixed(self.read(o, x), GatedDeltaState(memory, tail))
+class GatedDelta(Recurrent):
+    """A matrix memory that forgets and overwrites."""

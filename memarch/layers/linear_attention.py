@@ -11,18 +11,19 @@ read is scaled by 1 / sqrt(K), and the norm of every head decides its size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
-from memarch.layers.parts.heads import Heads, Readout, key_width
+from memarch.layers.parts.heads import key_width
 from memarch.layers.parts.linear import normal_
+from memarch.layers.parts.recurrent import Recurrent, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,14 @@ class LinearAttentionConfig(LayerConfig):
         key = key_width(self.heads, self.head_dim, dim)
         return key, self.value_dim or key
 
+    def rule(self, dim: int) -> "LinearAttentionRule":
+        return LinearAttentionRule(self.heads, *self.widths(dim), self.feature)
+
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "LinearAttention":
-        return LinearAttention(self, dim)
+        return LinearAttention(dim, self.rule(dim), act=False, gate=False)
 
     def num_params(self, dim: int) -> int:
-        key, value = self.widths(dim)
-        maps = 4 * key * key if self.feature == "product" else 0
-        return Heads.num_params(dim, self.heads, key, value) + maps + Readout.num_params(dim, self.heads, value, gate=False)
+        return Recurrent.num_params(dim, self.rule(dim), gate=False)
 
     def span(self) -> int:
         return CHUNK
@@ -58,38 +60,33 @@ class LinearAttentionConfig(LayerConfig):
         return [cls(heads=2), cls(heads=3, head_dim=4, value_dim=6, feature="product")]
 
 
-class LinearAttentionState(NamedTuple):
-    memory: Tensor  # [B, H, K, V (+ 1)], fp32 at least
+class LinearAttentionRule(Rule):
+    def __init__(self, heads: int, key: int, value: int, feature: str = "elu"):
+        super().__init__(heads, key, value)
+        self.product = feature == "product"
+
+    def make(self, owner: Any) -> None:
+        owner.maps = nn.Parameter(torch.empty(4, self.key, self.key)) if self.product else None  # two for q, two for k, all heads
+
+    def num_params(self) -> int:
+        return 4 * self.key**2 if self.product else 0
+
+    def init_(self, owner: Any, generator: torch.Generator) -> None:
+        if self.product:
+            normal_(owner.maps, self.key**-0.5, generator)
+
+    def start(self, batch: int, like: Tensor) -> Tensor:
+        return self.zeros(batch, like, self.value + (not self.product))
+
+    def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        if self.product:
+            a, b, c, d = owner.maps.to(q.dtype)
+            return delta_rule((q @ a) * (q @ b) * self.key**-0.5, (k @ c) * (k @ d), v, None, None, memory, lengths=lengths)
+        v = F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)  # the normaliser is a long sum: fp32 at least
+        o, memory = delta_rule(F.elu(q) + 1, F.elu(k) + 1, v, None, None, memory, lengths=lengths)
+        o, total = o[..., :-1], o[..., -1:]
+        return o / torch.where(total > 0, total, 1.0), memory  # 0 at pads only
 
 
-class LinearAttention(SequenceMixer):
-    def __init__(self, cfg: LinearAttentionConfig, dim: int):
-        super().__init__()
-        self.cfg = cfg
-        self.key, self.value = cfg.widths(dim)
-        self.into = Heads(dim, cfg.heads, self.key, self.value, act=False)
-        self.maps = nn.Parameter(torch.empty(4, self.key, self.key)) if cfg.feature == "product" else None  # two for q, two for k, all heads
-        self.read = Readout(dim, cfg.heads, self.value, gate=False)
-
-    def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.into.init_(generator)
-        if self.maps is not None:
-            normal_(self.maps, self.key**-0.5, generator)
-        self.read.init_(depth, generator)
-
-    def start(self, batch: int) -> LinearAttentionState:
-        return LinearAttentionState(self.read.memory(batch, self.cfg.heads, self.key, self.value + (self.maps is None)))
-
-    def forward(self, x: Tensor, state: LinearAttentionState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
-        q, k, v, _ = self.into(x, None, lengths)  # [B, T, H, K or V]
-        if self.maps is not None:
-            a, b, c, d = self.maps.to(x.dtype)
-            q, k = (q @ a) * (q @ b) * self.key**-0.5, (k @ c) * (k @ d)
-        else:
-            q, k = F.elu(q) + 1, F.elu(k) + 1
-            v = F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)  # the normaliser is a long sum: fp32 at least
-        o, memory = delta_rule(q, k, v, None, None, None if state is None else state.memory, lengths=lengths)
-        if self.maps is None:
-            o, total = o[..., :-1], o[..., -1:]
-            o = o / torch.where(total > 0, total, 1.0)  # 0 at pads only
-        return Mixed(self.read(o, x), LinearAttentionState(memory))
+class LinearAttention(Recurrent):
+    """A matrix memory that only adds."""

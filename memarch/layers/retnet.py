@@ -9,16 +9,17 @@ gamma_h = 1 - 2^(-5-h) for head h = 0, 1, ..: nothing of it is learned. q and k 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
-from memarch.layers.parts.heads import Heads, Readout, key_width
+from memarch.layers.parts.heads import key_width
+from memarch.layers.parts.recurrent import Recurrent, Rule
 from memarch.layers.parts.rope import rotate
 
 
@@ -37,15 +38,16 @@ class RetNetConfig(LayerConfig):
 
     def widths(self, dim: int) -> tuple[int, int]:
         key = key_width(self.heads, self.head_dim, dim)
-        require(key % 2 == 0, f"rotary positions turn pairs, so head_dim must be even, got {key}.")
         return key, self.value_dim or 2 * key
 
+    def rule(self, dim: int) -> "RetNetRule":
+        return RetNetRule(self.heads, *self.widths(dim), self.rope_base)
+
     def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "RetNet":
-        return RetNet(self, dim)
+        return RetNet(dim, self.rule(dim), act=False)
 
     def num_params(self, dim: int) -> int:
-        key, value = self.widths(dim)
-        return Heads.num_params(dim, self.heads, key, value) + Readout.num_params(dim, self.heads, value)
+        return Recurrent.num_params(dim, self.rule(dim))
 
     def span(self) -> int:
         return CHUNK
@@ -55,33 +57,29 @@ class RetNetConfig(LayerConfig):
         return [cls(heads=2), cls(heads=3, head_dim=4, value_dim=6, rope_base=500.0)]
 
 
-class RetNetState(NamedTuple):
+class RetNetMemory(NamedTuple):
     memory: Tensor  # [B, H, K, V], fp32 at least
     pos: Tensor  # [B] int64: tokens seen
 
 
-class RetNet(SequenceMixer):
-    def __init__(self, cfg: RetNetConfig, dim: int):
-        super().__init__()
-        self.cfg = cfg
-        self.key, self.value = cfg.widths(dim)
-        self.into = Heads(dim, cfg.heads, self.key, self.value, act=False)
-        self.read = Readout(dim, cfg.heads, self.value)
+class RetNetRule(Rule):
+    def __init__(self, heads: int, key: int, value: int, base: float = 10000.0):
+        super().__init__(heads, key, value)
+        require(key % 2 == 0, f"rotary positions turn pairs, so head_dim must be even, got {key}.")
+        self.base = base
 
-    def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.into.init_(generator)
-        self.read.init_(depth, generator)
+    def start(self, batch: int, like: Tensor) -> RetNetMemory:
+        return RetNetMemory(self.zeros(batch, like, self.value), torch.zeros(batch, dtype=torch.int64, device=like.device))
 
-    def start(self, batch: int) -> RetNetState:
-        memory = self.read.memory(batch, self.cfg.heads, self.key, self.value)
-        return RetNetState(memory, torch.zeros(batch, dtype=torch.int64, device=memory.device))
+    def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        B, T = q.shape[:2]
+        S, pos = self.start(B, v) if memory is None else memory
+        at = pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
+        q, k = rotate(q, at, self.base), rotate(k, at, self.base)
+        rate = torch.log1p(-(2.0 ** -(5 + torch.arange(self.heads, device=q.device, dtype=S.dtype))))  # log gamma [H]
+        o, S = delta_rule(q * self.key**-0.5, k, v, None, rate.expand(B, T, -1), S, lengths=lengths)
+        return o, RetNetMemory(S, pos + (T if lengths is None else lengths))
 
-    def forward(self, x: Tensor, state: RetNetState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
-        B, T, _ = x.shape
-        memory, pos = self.start(B) if state is None else state
-        q, k, v, _ = self.into(x, None, lengths)  # [B, T, H, K or V]
-        at = pos[:, None] + torch.arange(T, device=x.device)  # [B, T]
-        q, k = rotate(q, at, self.cfg.rope_base), rotate(k, at, self.cfg.rope_base)
-        rate = torch.log1p(-(2.0 ** -(5 + torch.arange(self.cfg.heads, device=x.device, dtype=memory.dtype))))  # log gamma [H]
-        o, memory = delta_rule(q * self.key**-0.5, k, v, None, rate.expand(B, T, -1), memory, lengths=lengths)
-        return Mixed(self.read(o, x), RetNetState(memory, pos + (T if lengths is None else lengths)))
+
+class RetNet(Recurrent):
+    """A matrix memory with fixed decays."""
