@@ -23,9 +23,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memarch.config import ConfigError, require
 from memarch.layers.parts import ShortConv
+from memarch.layers.parts.bank import Bank
 from memarch.layers.parts.pool import ValuePool
 
-DECAYS = (nn.Linear, nn.Embedding, nn.Conv1d, ShortConv)
+DECAYS = (nn.Linear, nn.Embedding, nn.Conv1d, ShortConv, Bank)
 
 
 @dataclass(frozen=True, kw_only=True)

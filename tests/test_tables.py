@@ -55,7 +55,7 @@ def test_the_table_and_the_class_agree(family, kind, cls):
 
 @entry
 def test_examples_use_every_option(family, kind, cls):
-    """Every member of a Literal, both values of a bool, None and not None, and at least one value that is not the default."""
+    """Every member of a Literal, every kind of an inner config, both values of a bool, None and not None, and at least one value that is not the default."""
     examples = cls.examples()
     for field, hint in ((f, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls) if f.name != "kind"):
         used = {getattr(config, field.name) for config in examples}
@@ -63,6 +63,8 @@ def test_examples_use_every_option(family, kind, cls):
             wanted = set(typing.get_args(hint))
         elif hint is bool:
             wanted = {True, False}
+        elif any(map(dataclasses.is_dataclass, typing.get_args(hint))):  # a choice of inner configs
+            used, wanted = {type(value) for value in used}, {member for member in typing.get_args(hint) if dataclasses.is_dataclass(member)}
         else:
             wanted = {field.default} if typing.get_origin(hint) in (typing.Union, types.UnionType) else set()
             assert used - {field.default}, f"{kind}.{field.name}: no example leaves the default {field.default!r}"
@@ -120,7 +122,18 @@ def test_preset_counts_and_meta(name):
     assert decode(LMConfig, json.loads(json.dumps(encode(model.config)))) == model.config
     assert PRESETS[name].family and PRESETS[name].paper
     assert all(p.is_meta for p in model.parameters())
-    assert PRESETS[name].published is None or PRESETS[name].published == model.config.num_params()
+    published = PRESETS[name].published
+    assert published is None or stated(model.config.num_params(), published) == published
+
+
+def stated(count: int, like: str) -> str:
+    """A count in the unit of `like` and to as many digits: 363,012,096 is "360M" as it is "0.36B" or "363M"."""
+    number, unit = like[:-1], like[-1]
+    value = count / {"M": 1e6, "B": 1e9}[unit]
+    if "." in number:
+        return f"{value:.{len(number.partition('.')[2])}f}{unit}"
+    step = 10 ** (len(number) - len(number.rstrip("0")))
+    return f"{round(value / step) * step:.0f}{unit}"
 
 
 def test_every_kind_has_a_tiny_preset():

@@ -3,11 +3,16 @@
 from typing import Any, Union
 
 from memarch.layers.attention import Attention, AttentionConfig
+from memarch.layers.base_conv import BaseConv, BaseConvConfig
+from memarch.layers.base_conv_mqar import BaseConvMQAR, BaseConvMQARConfig
 from memarch.layers.based import Based, BasedConfig
 from memarch.layers.cross_attention import CrossAttention, CrossAttentionConfig
 from memarch.layers.delta_net import DeltaNet, DeltaNetConfig
 from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
+from memarch.layers.gla import GLA, GLAConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
+from memarch.layers.mamba2 import Mamba2, Mamba2Config
+from memarch.layers.mom import MoM, MoMConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
 from memarch.layers.product_key import PKM, PKMConfig
 from memarch.layers.retnet import RetNet, RetNetConfig
@@ -16,11 +21,16 @@ from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
 
 MIXERS = {
     "attention": AttentionConfig,
+    "base_conv": BaseConvConfig,
+    "base_conv_mqar": BaseConvMQARConfig,
     "based": BasedConfig,
     "cross_attention": CrossAttentionConfig,
     "delta_net": DeltaNetConfig,
     "gated_delta": GatedDeltaConfig,
+    "gla": GLAConfig,
     "linear_attention": LinearAttentionConfig,
+    "mamba2": Mamba2Config,
+    "mom": MoMConfig,
     "retnet": RetNetConfig,
     "short_conv": ShortConvConfig,
 }
@@ -35,10 +45,15 @@ ChannelConfig: Any = Union[tuple(CHANNELS.values())]
 
 __all__ = [
     "CHANNELS",
+    "GLA",
     "MIXERS",
     "PKM",
     "Attention",
     "AttentionConfig",
+    "BaseConv",
+    "BaseConvConfig",
+    "BaseConvMQAR",
+    "BaseConvMQARConfig",
     "Based",
     "BasedConfig",
     "ChannelConfig",
@@ -46,11 +61,16 @@ __all__ = [
     "CrossAttentionConfig",
     "DeltaNet",
     "DeltaNetConfig",
+    "GLAConfig",
     "GatedDelta",
     "GatedDeltaConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "Mamba2",
+    "Mamba2Config",
     "MixerConfig",
+    "MoM",
+    "MoMConfig",
     "PKMConfig",
     "PoolConfig",
     "RetNet",

@@ -21,11 +21,11 @@ from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
 from memarch.layers.parts.heads import key_width
 from memarch.layers.parts.norm import l2_norm
-from memarch.layers.parts.recurrent import Recurrent, Rule
+from memarch.layers.parts.recurrent import Ends, Recurrent, RecurrentConfig, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaNetConfig(LayerConfig):
+class DeltaNetConfig(RecurrentConfig):
     kind: Literal["delta_net"] = "delta_net"
     heads: int = 4
     head_dim: int | None = None  # width of keys; None: dim / heads
@@ -47,11 +47,11 @@ class DeltaNetConfig(LayerConfig):
     def rule(self, dim: int) -> "DeltaNetRule":
         return DeltaNetRule(self.heads, *self.widths(dim), self.negative)
 
-    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "DeltaNet":
-        return DeltaNet(dim, self.rule(dim), self.conv, gate=False, recall=self.init == "recall")
+    def ends(self) -> Ends:
+        return Ends(self.conv, gate=False, recall=self.init == "recall")
 
-    def num_params(self, dim: int) -> int:
-        return Recurrent.num_params(dim, self.rule(dim), self.conv, gate=False)
+    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "DeltaNet":
+        return DeltaNet(dim, self)
 
     def span(self) -> int:
         return max(CHUNK, self.conv)

@@ -8,7 +8,6 @@ The read is normalised per head and gated, y_t = W_o [RMSNorm(o_t) * SiLU(W_g x_
     H heads   K key width   V value width   S [K, V] memory of one head
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,16 +20,14 @@ from memarch.config import LayerConfig, require
 from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
+from memarch.layers.parts.gates import decay_, step_bias_
 from memarch.layers.parts.heads import key_width
-from memarch.layers.parts.linear import uniform
 from memarch.layers.parts.norm import l2_norm
-from memarch.layers.parts.recurrent import Recurrent, Rule
-
-DT = (1e-3, 0.1)  # the range of softplus(dt) at init, log-uniform: Mamba's, and everybody's since
+from memarch.layers.parts.recurrent import Ends, Recurrent, RecurrentConfig, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaConfig(LayerConfig):
+class GatedDeltaConfig(RecurrentConfig):
     kind: Literal["gated_delta"] = "gated_delta"
     heads: int = 4
     head_dim: int | None = None  # width of keys; None: dim / heads
@@ -54,11 +51,11 @@ class GatedDeltaConfig(LayerConfig):
     def rule(self, dim: int) -> "GatedDeltaRule":
         return GatedDeltaRule(self.heads, *self.widths(dim), self.decay)
 
-    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "GatedDelta":
-        return GatedDelta(dim, self.rule(dim), self.conv, gate=self.gate, recall=self.init == "recall")
+    def ends(self) -> Ends:
+        return Ends(self.conv, gate=self.gate, recall=self.init == "recall")
 
-    def num_params(self, dim: int) -> int:
-        return Recurrent.num_params(dim, self.rule(dim), self.conv, self.gate)
+    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "GatedDelta":
+        return GatedDelta(dim, self)
 
     def span(self) -> int:
         return max(CHUNK, self.conv)
@@ -83,20 +80,14 @@ class GatedDeltaRule(Rule):
         return 2 * self.heads
 
     def init_(self, owner: Any, generator: torch.Generator) -> None:
-        owner.A_log.copy_(uniform((self.heads,), *self.decay, generator).clamp(min=1e-4).log())
-        owner.dt_bias.copy_(draw_dt(self.heads, generator))
+        decay_(owner.A_log, self.decay, generator)
+        step_bias_(owner.dt_bias, generator)
 
     def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
         wide = torch.promote_types(v.dtype, torch.float32)
         a, b = raw.to(wide).chunk(2, -1)  # [B, T, H]
         g = -owner.A_log.to(wide).exp() * F.softplus(a + owner.dt_bias.to(wide))
         return delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
-
-
-def draw_dt(heads: int, generator: torch.Generator) -> Tensor:
-    """Biases b with softplus(b) log-uniform in DT."""
-    dt = uniform((heads,), math.log(DT[0]), math.log(DT[1]), generator).exp()
-    return dt + torch.log(-torch.expm1(-dt))
 
 
 class GatedDelta(Recurrent):

@@ -23,11 +23,11 @@ from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
 from memarch.layers.parts.heads import key_width
 from memarch.layers.parts.linear import normal_
-from memarch.layers.parts.recurrent import Recurrent, Rule
+from memarch.layers.parts.recurrent import Ends, Recurrent, RecurrentConfig, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearAttentionConfig(LayerConfig):
+class LinearAttentionConfig(RecurrentConfig):
     kind: Literal["linear_attention"] = "linear_attention"
     heads: int = 4
     head_dim: int | None = None  # width of keys; None: dim / heads
@@ -46,11 +46,11 @@ class LinearAttentionConfig(LayerConfig):
     def rule(self, dim: int) -> "LinearAttentionRule":
         return LinearAttentionRule(self.heads, *self.widths(dim), self.feature)
 
-    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "LinearAttention":
-        return LinearAttention(dim, self.rule(dim), act=False, gate=False)
+    def ends(self) -> Ends:
+        return Ends(act=False, gate=False)
 
-    def num_params(self, dim: int) -> int:
-        return Recurrent.num_params(dim, self.rule(dim), gate=False)
+    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "LinearAttention":
+        return LinearAttention(dim, self)
 
     def span(self) -> int:
         return CHUNK

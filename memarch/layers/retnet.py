@@ -19,12 +19,12 @@ from memarch.contracts import State
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
 from memarch.layers.parts.heads import key_width
-from memarch.layers.parts.recurrent import Recurrent, Rule
+from memarch.layers.parts.recurrent import Ends, Recurrent, RecurrentConfig, Rule
 from memarch.layers.parts.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetNetConfig(LayerConfig):
+class RetNetConfig(RecurrentConfig):
     kind: Literal["retnet"] = "retnet"
     heads: int = 4
     head_dim: int | None = None  # width of keys; None: dim / heads
@@ -43,11 +43,11 @@ class RetNetConfig(LayerConfig):
     def rule(self, dim: int) -> "RetNetRule":
         return RetNetRule(self.heads, *self.widths(dim), self.rope_base)
 
-    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "RetNet":
-        return RetNet(dim, self.rule(dim), act=False)
+    def ends(self) -> Ends:
+        return Ends(act=False)
 
-    def num_params(self, dim: int) -> int:
-        return Recurrent.num_params(dim, self.rule(dim))
+    def make(self, dim: int, pools: Mapping[str, nn.Module]) -> "RetNet":
+        return RetNet(dim, self)
 
     def span(self) -> int:
         return CHUNK

@@ -20,13 +20,45 @@ class Preset:
     paper: str
     base: str | None
     set: dict[str, Any]  # dotted path -> value; what is named is replaced
-    published: int | None = None  # the parameter count the paper or its code states, asserted by a test
+    published: str | None = None  # the parameter count as the paper, its code or its model card states it, "1.62B"; asserted by a test
 
 
 SWIGLU = {"kind": "swiglu"}
 TINY = {"vocab_size": 256, "dim": 64, "layers": 2, "tie": True}
 GDN = "Yang et al. 2024, arXiv 2412.06464"
+MOM = "Du et al. 2025, arXiv 2502.13685"
+BASED = "Arora et al. 2024, arXiv 2402.18668"
+MAMBA2 = "Dao & Gu 2024, arXiv 2405.21060"
 TRANSFORMER = "Vaswani et al. 2017, arXiv 1706.03762"
+
+
+def model(vocab: int, dim: int, layers: int, mixer: dict[str, Any], hidden: int | None, **more: Any) -> dict[str, Any]:
+    """One block, repeated; `hidden` of the SwiGLU, None for no feed-forward."""
+    part = {"mixer": mixer} if hidden is None else {"mixer": mixer, "ffn": {**SWIGLU, "hidden": hidden}}
+    return {"vocab_size": vocab, "dim": dim, "layers": layers, "pattern": "M", "parts": {"M": part}, "tie": True, **more}
+
+
+def based(dim: int, layers: int, memories: tuple[int, ...]) -> dict[str, Any]:
+    """Based's language models: a convolution in every block but those of `memories` and, behind each of them, a window."""
+    ffn = {**SWIGLU, "hidden": 2 * dim}
+    parts = {
+        "C": {"mixer": {"kind": "base_conv"}, "ffn": ffn},
+        "B": {"mixer": {"kind": "based", "heads": 16}, "ffn": ffn},
+        "W": {"mixer": {"kind": "attention", "heads": 16, "window": 128}, "ffn": ffn},
+    }
+    pattern = "".join("B" if i in memories else "W" if i - 1 in memories else "C" for i in range(layers))
+    return {"vocab_size": 50264, "dim": dim, "layers": layers, "pattern": pattern, "parts": parts, "tie": True, "norm_eps": 1e-5}
+
+
+def mom(dim: int, hidden: int, tie: bool) -> dict[str, Any]:
+    inner = {"kind": "gated_delta", "heads": 4, "head_dim": 256}
+    return model(32000, dim, 24, {"kind": "mom", "inner": inner}, hidden, tie=tie)
+
+
+def gated_delta(dim: int, layers: int, hidden: int) -> dict[str, Any]:
+    """NVIDIA's sizes: keys take 3/4 of the width, values 3/2, over nine heads."""
+    mixer = {"kind": "gated_delta", "heads": 9, "head_dim": dim // 12, "value_dim": dim // 6}
+    return model(32000, dim, layers, mixer, hidden, norm_eps=1e-5)
 
 
 def tiny(mixer: dict[str, Any], ffn: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -36,11 +68,16 @@ def tiny(mixer: dict[str, Any], ffn: dict[str, Any] | None = None) -> dict[str, 
 PRESETS: dict[str, Preset] = {
     "transformer-tiny": Preset("attention", TRANSFORMER, None, tiny({"kind": "attention", "heads": 2})),
     "window-tiny": Preset("attention", TRANSFORMER, "transformer-tiny", {"parts.M.mixer.window": 16}),
+    "base-conv-tiny": Preset("convolution", BASED, None, tiny({"kind": "base_conv"})),
+    "base-conv-mqar-tiny": Preset("convolution", "Arora et al. 2023, arXiv 2312.04927", None, tiny({"kind": "base_conv_mqar"})),
     "short-conv-tiny": Preset("convolution", "Fu et al. 2023, arXiv 2212.14052", None, tiny({"kind": "short_conv"})),
     "gated-delta-tiny": Preset("linear", GDN, None, tiny({"kind": "gated_delta", "heads": 2})),
     "delta-net-tiny": Preset("linear", "Yang et al. 2024, arXiv 2406.06484", None, tiny({"kind": "delta_net", "heads": 2})),
     "retnet-tiny": Preset("linear", "Sun et al. 2023, arXiv 2307.08621", None, tiny({"kind": "retnet", "heads": 2})),
     "linear-attention-tiny": Preset("linear", "Katharopoulos et al. 2020, arXiv 2006.16236", None, tiny({"kind": "linear_attention", "heads": 2})),
+    "gla-tiny": Preset("linear", "Yang et al. 2023, arXiv 2312.06635", None, tiny({"kind": "gla", "heads": 2})),
+    "mamba2-tiny": Preset("linear", MAMBA2, None, tiny({"kind": "mamba2", "state": 32, "head_dim": 32})),
+    "mom-tiny": Preset("linear", MOM, None, tiny({"kind": "mom", "inner": {"kind": "gated_delta", "heads": 2}})),
     "hybrid-tiny": Preset(
         "hybrid",
         GDN,
@@ -86,17 +123,14 @@ PRESETS: dict[str, Preset] = {
         "transformer-tiny",
         {"vocab_size": 50304, "dim": 768, "layers": 12, "parts.M": {"mixer": {"kind": "attention", "heads": 12}, "ffn": SWIGLU}},
     ),
-    "gated-delta-400m": Preset(
-        "linear",
-        GDN,
-        "gated-delta-tiny",
-        {
-            "vocab_size": 32000,
-            "dim": 1536,
-            "layers": 11,
-            "parts.M": {"mixer": {"kind": "gated_delta", "heads": 6, "head_dim": 192, "value_dim": 384}, "ffn": {**SWIGLU, "hidden": 6144}},
-        },
-    ),
+    "based-360m": Preset("hybrid", BASED, None, based(1024, 27, (1, 6, 11, 16, 21)), "360M"),
+    "based-1.3b": Preset("hybrid", BASED, None, based(1792, 36, (1, 6, 11, 16, 21, 27, 33)), "1.3B"),
+    "gated-delta-400m": Preset("linear", GDN, None, gated_delta(1536, 11, 6144)),  # what NVIDIA's "0.4B" says adds up to 517M
+    "gated-delta-1.3b": Preset("linear", GDN, None, gated_delta(2400, 16, 5888), "1.3B"),
+    "mamba2-130m": Preset("linear", MAMBA2, None, model(50288, 768, 24, {"kind": "mamba2"}, None, norm_eps=1e-5), "130M"),
+    "mamba2-1.3b": Preset("linear", MAMBA2, None, model(50288, 2048, 48, {"kind": "mamba2"}, None, norm_eps=1e-5), "1.3B"),
+    "mom-380m": Preset("linear", MOM, None, mom(1024, 2048, tie=True), "0.5B"),  # the model card; the paper's 444M is not what its config adds up to
+    "mom-1.3b": Preset("linear", MOM, None, mom(2048, 5632, tie=False), "1.62B"),
 }
 
 

@@ -6,16 +6,21 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float = 1e-6):
+    """Over the last dim, or over each of its `groups` equal parts."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, groups: int = 1):
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.empty(dim))
 
     def init_(self) -> None:
         self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        x = x.to(self.weight.dtype)
+        if self.groups == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.unflatten(-1, (self.groups, -1)), [x.shape[-1] // self.groups], eps=self.eps).flatten(-2) * self.weight
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -4,11 +4,13 @@ A rule is one published recurrence. It owns no parameters: it gives some to the 
 same rule serves a layer with one memory and a layer with many (`mom`).
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memarch.config import LayerConfig
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, State
 from memarch.layers.parts.heads import Heads, Readout
 from memarch.layers.parts.linear import Linear
@@ -48,24 +50,42 @@ class RecurrentState(NamedTuple):
     tail: Tensor  # [B, taps - 1, H (2K + V)]
 
 
+class Ends(NamedTuple):
+    """What stands before and behind the rule."""
+
+    taps: int = 0  # of the short convolution on q, k, v; 0 for none
+    act: bool = True  # SiLU behind it
+    gate: bool = True  # gate the read
+    recall: bool = False  # the init for small recall runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(LayerConfig):
+    def rule(self, dim: int) -> Rule:
+        raise NotImplementedError
+
+    def ends(self) -> Ends:
+        raise NotImplementedError
+
+    def num_params(self, dim: int) -> int:
+        rule, ends = self.rule(dim), self.ends()
+        into = Heads.num_params(dim, rule.heads, rule.key, rule.value, ends.taps)
+        return into + rule.raw * dim + rule.num_params() + Readout.num_params(dim, rule.heads, rule.value, ends.gate)
+
+
 class Recurrent(SequenceMixer):
-    def __init__(self, dim: int, rule: Rule, taps: int = 0, act: bool = True, gate: bool = True, recall: bool = False):
+    def __init__(self, dim: int, cfg: RecurrentConfig):
         super().__init__()
-        self.rule, self.recall = rule, recall
+        rule, ends = self.rule, self.ends = cfg.rule(dim), cfg.ends()
         self.heads, self.key, self.value = rule.heads, rule.key, rule.value
-        self.into = Heads(dim, rule.heads, rule.key, rule.value, taps, act)
+        self.into = Heads(dim, rule.heads, rule.key, rule.value, ends.taps, ends.act)
         if rule.raw:
             setattr(self, rule.gates, Linear(dim, rule.raw))
         rule.make(self)
-        self.read = Readout(dim, rule.heads, rule.value, gate)
-
-    @staticmethod
-    def num_params(dim: int, rule: Rule, taps: int = 0, gate: bool = True) -> int:
-        ends = Heads.num_params(dim, rule.heads, rule.key, rule.value, taps) + Readout.num_params(dim, rule.heads, rule.value, gate)
-        return ends + rule.raw * dim + rule.num_params()
+        self.read = Readout(dim, rule.heads, rule.value, ends.gate)
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
-        self.into.init_(generator, self.recall)
+        self.into.init_(generator, self.ends.recall)
         if self.rule.raw:
             getattr(self, self.rule.gates).init_(generator)
         self.rule.init_(self, generator)
