@@ -187,10 +187,10 @@ def decay(g: Maybe, k: Tensor) -> tuple[Tensor, Any, Any, Any]:
     C = k.shape[-2]
     if g is None:
         return k.new_ones(C, C).tril(), None, None, None
-    G = g.cumsum(-2)
-    future = torch.full((C, C), -torch.inf, dtype=g.dtype, device=g.device).triu(1)
-    last = G[..., -1:, :]
-    return (G + future).sub_(G.mT).exp_(), G.exp(), (last - G).exp(), last.exp()
+    below, future = g.new_ones(C, C).tril(-1), torch.full((C, C), -torch.inf, dtype=g.dtype, device=g.device).triu(1)
+    D = (g * below).cumsum(-2).add_(future).exp_()  # sums of their own, for G_i - G_j has lost what is small next to G
+    grow = g.cumsum(-2).exp_()
+    return D, grow, D[..., -1:, :].mT.clone(), grow[..., -1:, :]
 
 
 def invert(L: Tensor) -> Tensor:
