@@ -13,14 +13,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.cases import FIELDS, Case, cases
+from benchmarks import peers
+from benchmarks.cases import FIELDS, Case, cases, scaling
 
 RESULTS = Path(__file__).parent / "results.csv"
+SCALING = Path(__file__).parent / "scaling.csv"
+GROWTH = ("date", "commit", "op", "mode", "shape", "tokens", "ms", "exponent", "threads", "device", "torch")
 
 
 def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
@@ -34,7 +38,7 @@ def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
 
 def right(case: Case) -> None:
     """Every provider computes the same thing, in outputs and gradients."""
-    found = {}
+    found: dict[str, list[torch.Tensor]] = {}
     for name, call in case.providers.items():
         given = [x.detach().requires_grad_() for x in case.inputs]
         y = call(*given)
@@ -62,19 +66,40 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def growth(rounds: int) -> list[dict[str, Any]]:
+    """Time over 2k to 32k tokens with the exponent of a fitted power law (1: linear), the least of several times each; and one token after so many."""
+    rows = []
+    for op, at in track(scaling().items(), "growing", disable=not sys.stdout.isatty(), transient=True):
+        for mode in ("fwd", "fwd+bwd"):
+            tokens, best = [2048 * 2**i for i in range(5)], []
+            shape = ""
+            for T in tokens:
+                shape, call, inputs = at(T)
+                once(call, inputs, mode != "fwd")
+                best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
+            x, y = np.log(tokens), np.log(best)
+            values = (date.today(), commit(), op, mode, shape, " ".join(map(str, tokens)), " ".join(f"{t:.1f}" for t in best), f"{np.polyfit(x, y, 1)[0]:.3f}")
+            rows.append(dict(zip(GROWTH, (*values, 1, f"cpu {platform.machine()}", torch.__version__), strict=True)))
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="only these ops")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--scaling", action="store_true", help="time over 2k to 32k tokens instead, appended to benchmarks/scaling.csv")
     parser.add_argument("--dry", action="store_true", help="print, and leave results.csv as it is")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.scaling:
+        return grow(args)
     chosen = [case for case in cases() if not args.ops or case.op in args.ops]
     if not chosen:
         parser.error(f"no case of {', '.join(args.ops)}; there are {', '.join(sorted({case.op for case in cases()}))}")
     out, rows = Console(width=160), []
     for case in track(chosen, "timing", console=out, disable=not out.is_terminal, transient=True):
-        right(case)
+        if case.same:
+            right(case)
         for mode in ("fwd", "fwd+bwd"):
             times = measure(case, mode == "fwd+bwd", args.rounds)
             ours = statistics.median(times["ours"])
@@ -99,15 +124,32 @@ def main() -> int:
     for row in rows:
         table.add_row(row["op"], row["mode"], row["shape"], row["provider"], row["ms"], f"{row['ms_p20']} to {row['ms_p80']}", row["times_ours"])
     out.print(table)
+    if peers.absent:
+        out.print(f"not installed, so not compared: {', '.join(sorted(peers.absent))} (benchmarks/requirements.txt)")
     if not args.dry:
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(RESULTS, FIELDS, rows)
         out.print(f"{len(rows)} rows appended to {RESULTS.name}")
     return 0
+
+
+def grow(args: argparse.Namespace) -> int:
+    out, rows = Console(width=160), growth(min(args.rounds, 5))
+    table = Table("op", "mode", "shape", "ms at 2k, 4k, 8k, 16k, 32k", "exponent", box=None)
+    for row in rows:
+        table.add_row(row["op"], row["mode"], row["shape"], row["ms"], row["exponent"])
+    out.print(table)
+    if not args.dry:
+        append(SCALING, GROWTH, rows)
+    return 0
+
+
+def append(path: Path, fields: Any, rows: list[dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.peers import fla, heads_first
 from memarch.kernels.attention import attention
 from memarch.kernels.delta_rule import delta_rule
+from memarch.kernels.gated_linear import gated_linear
 from memarch.kernels.short_conv import short_conv
+from memarch.kernels.taylor_attention import taylor_attention
 from memarch.kernels.weighted_bag import weighted_bag
+from memarch.layers import GatedDeltaConfig, MoMConfig
 
 
 class Case(NamedTuple):
@@ -19,6 +23,7 @@ class Case(NamedTuple):
     shape: str
     inputs: list[Tensor]  # floating ones are differentiated in mode fwd+bwd
     providers: dict[str, Callable[..., Tensor]]
+    same: bool = True  # all providers compute the same; False: what is compared is the cost of different things
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -45,15 +50,74 @@ def delta_autograd(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, C: 
     return torch.stack(out, 2).flatten(2, 3).movedim(2, 1)
 
 
-def delta(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+def vectors(T: int, B: int, H: int, D: int) -> tuple[str, Tensor, Tensor, Tensor]:
+    """q and k of unit length, q scaled, and v."""
     q, k, v = (draw(B, T, H, D, seed=i) for i in range(3))
-    beta, g = draw(B, T, H).sigmoid(), -F.softplus(draw(B, T, H, seed=1) - 4)
-    return Case(
-        "delta_rule",
-        f"B={B} T={T} H={H} K=V={D} fp32",
-        [F.normalize(q, dim=-1) * D**-0.5, F.normalize(k, dim=-1), v, beta, g],
-        {"ours": lambda *x: delta_rule(*x)[0], "torch autograd, chunk 64": delta_autograd},
-    )
+    return f"B={B} T={T} H={H} K=V={D} fp32", F.normalize(q, dim=-1) * D**-0.5, F.normalize(k, dim=-1), v
+
+
+def gates(T: int, B: int, H: int) -> tuple[Tensor, Tensor]:
+    return draw(B, T, H).sigmoid(), -F.softplus(draw(B, T, H, seed=1) - 4)
+
+
+def delta(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+    shape, *x = vectors(T, B, H, D)
+    peer = fla("gated_delta_rule", "naive_chunk_gated_delta_rule", lambda f: lambda q, k, v, beta, g: f(q, k, v, g, beta, scale=1.0)[0])
+    providers = {"ours": lambda *x: delta_rule(*x)[0], "torch autograd, chunk 64": delta_autograd, **peer}
+    return Case("delta_rule", shape, [*x, *gates(T, B, H)], providers)
+
+
+def delta_ungated(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+    shape, *x = vectors(T, B, H, D)
+
+    def chunkwise(f: Callable) -> Callable[..., Tensor]:
+        return lambda q, k, v, beta: f(*heads_first(q * D**0.5, k, v, beta))[0].transpose(1, 2)
+
+    peer = fla("delta_rule", "delta_rule_chunkwise", chunkwise)
+    return Case("delta_rule", f"no decay {shape}", [*x, gates(T, B, H)[0]], {"ours": lambda q, k, v, beta: delta_rule(q, k, v, beta, None)[0], **peer})
+
+
+def decay_only(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+    shape, *x = vectors(T, B, H, D)
+    peer = fla("simple_gla", "naive_chunk_simple_gla", lambda f: lambda *x: f(*x, scale=1.0)[0])
+    return Case("delta_rule", f"no erasing {shape}", [*x, gates(T, B, H)[1]], {"ours": lambda q, k, v, g: delta_rule(q, k, v, None, g)[0], **peer})
+
+
+def plain_linear(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+    shape, *x = vectors(T, B, H, D)
+    peer = fla("linear_attn", "naive_chunk_linear_attn", lambda f: lambda *x: f(*x, scale=1.0))
+    return Case("delta_rule", f"linear attention {shape}", x, {"ours": lambda q, k, v: delta_rule(q, k, v, None, None)[0], **peer})
+
+
+def vector_decay(T: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
+    shape, *x = vectors(T, B, H, D)
+    peer = fla("gla", "naive_recurrent_gla", lambda f: lambda *x: f(*x)[0] * D**0.5)
+    return Case("gated_linear", shape, [*x, -F.softplus(draw(B, T, H, D, seed=1) - 4)], {"ours": lambda *x: gated_linear(*x)[0], **peer})
+
+
+def taylor(T: int, B: int = 2, H: int = 4, K: int = 16, D: int = 64) -> Case:
+    q, k, v = draw(B, T, H, K), draw(B, T, H, K, seed=1), draw(B, T, H, D, seed=2)
+
+    def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, total, _ = taylor_attention(q * K**-0.5, k, v)
+        return o / total[..., None]
+
+    peers = {}
+    for name in ("naive_chunk_based", "naive_parallel_based"):
+        peers |= fla("based", name, lambda f: lambda q, k, v: f(*heads_first(q, k, v)).transpose(1, 2))
+    return Case("taylor_attention", f"B={B} T={T} H={H} F={K} V={D} fp32", [q, k, v], {"ours": divided, **peers})
+
+
+def mixture(T: int, memories: int, shared: bool, B: int = 2, D: int = 256) -> Case:
+    inner = GatedDeltaConfig(heads=4)
+    layers = {
+        "ours": MoMConfig(memories=memories, shared=shared, inner=inner),
+        "one gated_delta layer": inner,
+        **({"the same with 4 memories": MoMConfig(shared=shared, inner=inner)} if memories != 4 else {}),
+    }
+    built = {name: config.build(D) for name, config in layers.items()}
+    shape = f"M={memories} k=2{' shared' * shared} B={B} T={T} D={D} H=4 fp32"
+    return Case("mom layer", shape, [draw(B, T, D)], {name: lambda x, layer=layer: layer(x).y for name, layer in built.items()}, same=False)
 
 
 def conv(B: int, T: int, D: int, W: int = 4) -> Case:
@@ -85,10 +149,30 @@ def bag(N: int, d: int, tokens: int = 4096, R: int = 32) -> Case:
 
 
 def cases() -> Iterator[Case]:
-    yield from (delta(T) for T in (1024, 4096))
+    for T in (1024, 4096):
+        yield from (case(T) for case in (delta, delta_ungated, decay_only, plain_linear, vector_decay, taylor))
+        yield from (mixture(T, M, shared) for M, shared in ((4, True), (4, False), (16, False)))
     yield from (conv(*shape) for shape in ((2, 1024, 256), (2, 4096, 256), (4, 1024, 1024)))
     yield from (window(*shape) for shape in ((1024, 64), (4096, 64), (4096, 256)))
     yield from (bag(*shape) for shape in ((65536, 256),))
 
 
 FIELDS: Any = ("date", "commit", "op", "mode", "shape", "provider", "ms", "ms_p20", "ms_p80", "times_ours", "runs", "threads", "device", "torch")
+
+
+def scaling() -> dict[str, Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]]:
+    """What is timed over growing lengths: op -> T -> shape, the call, and its inputs, state last."""
+
+    def op(make: Callable[[int], Case]) -> Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]:
+        def at(T: int) -> tuple[str, Callable[..., Any], list[Tensor]]:
+            case = make(T)
+            return case.shape.replace(f" T={T}", ""), case.providers["ours"], case.inputs
+
+        return at
+
+    return {
+        "delta_rule": op(lambda T: delta(T, B=1)),
+        "gated_linear": op(lambda T: vector_decay(T, B=1)),
+        "taylor_attention": op(lambda T: taylor(T, B=1)),
+        "mom layer": op(lambda T: mixture(T, 4, True, B=1)),
+    }

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memarch.kernels.chunks import GROUP
 from memarch.kernels.delta_rule import delta_rule
-from memarch.kernels.delta_rule.torch_impl import GROUP, grid, invert
+from memarch.kernels.delta_rule.torch_impl import grid, invert
 
 IMPLS = ["reference", "torch"]
 

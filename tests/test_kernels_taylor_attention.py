@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memarch.kernels import flop_counter
+from memarch.kernels.chunks import GROUP
 from memarch.kernels.taylor_attention import features, taylor_attention, torch_impl
-from memarch.kernels.taylor_attention.torch_impl import CHUNK, GROUP, QUADRATIC, chunk, packed, rows
+from memarch.kernels.taylor_attention.torch_impl import CHUNK, QUADRATIC, chunk, packed, rows
 
 IMPLS = ["reference", "torch"]
 LENGTHS = (1, 2, 63, 64, 65, 130)

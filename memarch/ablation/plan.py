@@ -8,8 +8,8 @@ grid:                               every combination
   optim.lr: [3e-3, 1e-2]
 seeds: 3                            0, 1, 2; or a list
 metric: val/accuracy                a column of metrics.csv, or a task of memarch.evaluation
-x: optim.lr                         for the figure: what runs along it,
-group: variant                      and what its lines are
+x: optim.lr                         for the figure: what runs along it (also state_bytes or parameters),
+group: variant                      and what its lines are; family: what stands before " / " in a variant's name
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from memarch.models.presets import preset
 from memarch.optim import OptimConfig
 
 GROUPS = ("trainer", "data", "task", "run")
+COSTS = ("state_bytes", "parameters")  # what a figure may have along x beside the dimensions
 IRRELEVANT = ("name", "root", "folder", "bar", "logger")  # of `run`: where a run is kept and shown decides no number
 
 
@@ -56,9 +57,9 @@ class AblationConfig:
             require(len(values) > 0, f"grid.{path} is empty: give at least one value.")
         good = isinstance(self.metric, dict) or re.match(r"(val|train)/.", self.metric)
         require(bool(good), f"metric {self.metric!r} must be a column of metrics.csv such as val/loss or val/accuracy, or a task such as {{kind: mqar}}.")
-        for hint in ("x", "group"):
-            name = getattr(self, hint)
-            require(name is None or name in self.dimensions(), f"{hint}: {allowed('dimension', name, self.dimensions())}")
+        for hint, more in (("x", COSTS), ("group", ("family",))):
+            name, known = getattr(self, hint), [*self.dimensions(), *more]
+            require(name is None or name in known, f"{hint}: {allowed('dimension', name, known)}")
 
     def seed_list(self) -> Sequence[int]:
         return range(self.seeds) if isinstance(self.seeds, int) else self.seeds

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from memarch.ablation.plan import COSTS as RUN_COSTS
 from memarch.ablation.plan import Plan
 from memarch.evaluation.report import write_csv
 from memarch.evaluation.table import Row, label
 
 HIDDEN = ("cells", "asked", "trained")  # kept in result.json
+COLUMN = {"state_bytes": "state"}  # what the figure calls it, in KiB
 COSTS = ("parameters", "state_bytes", "bytes_per_token", "cpu_seconds", "steps")
 
 
@@ -23,7 +25,9 @@ def write(plan: Plan, rows: Sequence[Row], out: Path, *, results: bool = True, p
         from memarch.evaluation import plots
 
         files.append(replace_csv(out / "table.csv", table(plan, done)))
-        figure = plots.compare(points(plan, done), x=plan.config.x, group=plan.config.group, metric=metric_name(plan))
+        figure = plots.compare(
+            placed(plan, done), x="state" if plan.config.x == "state_bytes" else plan.config.x, group=plan.config.group, metric=metric_name(plan)
+        )
         files += plots.save(figure, out / "plot.png", pdf)
     return files
 
@@ -114,6 +118,28 @@ def points(plan: Plan, done: Sequence[Row], *, all_dimensions: bool = False) -> 
         return flat
     varies = [name for name in flat[0] if name != "value" and len({point[name] for point in flat}) > 1]
     return [{name: point[name] for name in (*varies, "value")} for point in flat]
+
+
+def placed(plan: Plan, done: Sequence[Row]) -> list[Row]:
+    """The points as the figure wants them: with what a run costs as a place of its own, and families in the place of variants."""
+    x, family = plan.config.x, plan.config.group == "family"
+    runs = [row for row in done for _ in (row["cells"] if plan.config.task() else [0])]
+    found = []
+    for point, row in zip(points(plan, done), runs, strict=True):
+        if family:
+            point = {"family": row["variant"].partition(" / ")[0], **{name: value for name, value in point.items() if name != "variant"}}
+        if x == "state_bytes":
+            point[COLUMN[x]] = (row["state_bytes"] + row["bytes_per_token"] * longest(plan)) / 1024
+        elif x in RUN_COSTS:
+            point[x] = row[x]
+        found.append(point)
+    return found
+
+
+def longest(plan: Plan) -> int:
+    """Tokens of the longest input of the evaluation: a state that grows is as large as that makes it."""
+    lengths = getattr(plan.config.task(), "lengths", None)
+    return max(lengths) if lengths else 0
 
 
 def summary(rows: Sequence[Row], plan: Plan) -> str:

@@ -52,6 +52,8 @@ UNITS = {
     "val/loss": "validation loss (nats per token)",
     "val/bits": "validation bits per token",
     "optim.lr": "learning rate",
+    "state": "state of one sequence (KiB)",
+    "parameters": "parameters",
 }
 
 
@@ -102,7 +104,7 @@ def draw_lines(ax: Axes, lines: Sequence[Line], x: str, y: str, *, ordered: bool
     ax.set_xlim(*around([v for line in lines for v in line.x], log))  # by hand: what is moved aside does not count for matplotlib
     ends = [v + sign * (e or 0.0) for line in lines for v, e in zip(line.y, line.error, strict=True) for sign in (-1, 1)]
     ax.set_ylim(*((0, 1) if share else around([*ends, *(v for line in lines for _, v in line.dots)])))
-    ticks(ax, sorted({v for line in lines for v in line.x}))
+    ticks(ax, sorted({v for line in lines for v in line.x}), log)
     ax.set_xlabel(UNITS.get(x, x))
     ax.set_ylabel(UNITS.get(y, y))
     ax.grid(axis="y", linewidth=0.4, color="0.9")
@@ -116,8 +118,10 @@ def around(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     return (2 ** (low - pad), 2 ** (high + pad)) if log else (low - pad, high + pad)
 
 
-def ticks(ax: Axes, at: Sequence[float]) -> None:
-    """Ticks where there are numbers, every second or third of them when they are many."""
+def ticks(ax: Axes, at: Sequence[float], log: bool = False) -> None:
+    """Ticks where there are numbers; when they are many, every second or third of them, or powers of two."""
+    if log and len(at) > 9:
+        at = [2.0**i for i in range(math.ceil(math.log2(min(at))), math.floor(math.log2(max(at))) + 1)]
     at = list(at)[:: 1 + (len(at) - 1) // 9]
     ax.xaxis.set_major_locator(FixedLocator(at))
     ax.set_xticks(at, [f"{v:g}" for v in at])

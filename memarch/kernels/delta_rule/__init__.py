@@ -8,26 +8,42 @@
 The state is held keys first, [K, V], and in float32 at least.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.delta_rule import reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.delta_rule, "torch": torch_impl.delta_rule}
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from memarch.kernels.delta_rule import triton_impl
+
+    return triton_impl.delta_rule(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.delta_rule, "torch": torch_impl.delta_rule, "triton": _triton}
 FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "chunked, with a hand-written backward: the product path without a GPU"),)
+ORDER = (
+    ("triton", "in chunks, each kernel parallel over all of them but for the two passes that carry the memory"),
+    ("torch", "chunked, with a hand-written backward: the product path without a GPU"),
+)
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"q, k and v must be floating point, they are {dtype}"
-    return None
+    if name != "triton":
+        return None
+    if device_type == "cuda" and (dtype == torch.float64 or K > 256):
+        return f"it takes keys of up to 256 numbers in at most float32, not {K} in {dtype}: use torch"
+    return triton_cannot(device_type, here, transposes=False)
 
 
 def pick(device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for q, k [.., K] and v [.., V] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, K, V, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, K, V, here._replace(interpreted=False)))
 
 
 def delta_rule(

@@ -8,26 +8,42 @@
 The state is held keys first, [K, V], and in float32 at least. With one decay for a whole head `delta_rule` without beta is the faster op.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.gated_linear import reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.gated_linear, "torch": torch_impl.gated_linear}
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from memarch.kernels.gated_linear import triton_impl
+
+    return triton_impl.gated_linear(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.gated_linear, "torch": torch_impl.gated_linear, "triton": _triton}
 FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "chunked by halves, with a hand-written backward: the product path without a GPU"),)
+ORDER = (
+    ("triton", "in chunks, each kernel parallel over all of them but for the pass that carries the memory"),
+    ("torch", "chunked by halves, with a hand-written backward: the product path without a GPU"),
+)
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"q, k and v must be floating point, they are {dtype}"
-    return None
+    if name != "triton":
+        return None
+    if device_type == "cuda" and dtype == torch.float64:
+        return "on a GPU it takes at most float32: use torch for float64"
+    return triton_cannot(device_type, here, transposes=False)
 
 
 def pick(device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for q, k [.., K] and v [.., V] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, K, V, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, K, V, here._replace(interpreted=False)))
 
 
 def gated_linear(

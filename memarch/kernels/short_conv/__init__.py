@@ -7,26 +7,38 @@
 The state is the last W-1 real inputs, newest last, in the dtype of x.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.short_conv import reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.short_conv, "torch": torch_impl.short_conv}
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from memarch.kernels.short_conv import triton_impl
+
+    return triton_impl.short_conv(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.short_conv, "torch": torch_impl.short_conv, "triton": _triton}
 FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "shifted multiply-adds: the product path without a GPU"),)
+ORDER = (
+    ("triton", "one kernel forward and one backward"),
+    ("torch", "shifted multiply-adds: the product path without a GPU"),
+)
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, D: int = 256, W: int = 4, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"x must be floating point, it is {dtype}"
-    return None
+    return triton_cannot(device_type, here, transposes=False) if name == "triton" else None
 
 
 def pick(device_type: str, dtype: torch.dtype, D: int = 256, W: int = 4, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for x [.., D] of this dtype and W taps, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, D, W, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, D, W, here._replace(interpreted=False)))
 
 
 def short_conv(

@@ -11,26 +11,42 @@ w is a product of features, w_tj = read(q_t) . write(k_j), so a state of constan
     B rows   T tokens   H heads   F key width   V value width   E = 1 + F + F (F + 1) / 2 features (153 for F = 16)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.taylor_attention import reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.taylor_attention, "torch": torch_impl.taylor_attention}
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from memarch.kernels.taylor_attention import triton_impl
+
+    return triton_impl.taylor_attention(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.taylor_attention, "torch": torch_impl.taylor_attention, "triton": _triton}
 FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "one token, one square or chunks, with a hand-written backward: the product path without a GPU"),)
+ORDER = (
+    ("triton", "fused, parallel over tokens, on the matrix units"),
+    ("torch", "one token, one square or chunks, with a hand-written backward: the product path without a GPU"),
+)
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, F: int = 16, V: int = 64, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"q, k and v must be floating point, they are {dtype}"
-    return None
+    if name != "triton":
+        return None
+    if device_type == "cuda" and dtype == torch.float64:
+        return "it has no products in float64: use torch"
+    return triton_cannot(device_type, here, transposes=False)
 
 
 def pick(device_type: str, dtype: torch.dtype, F: int = 16, V: int = 64, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for q, k [.., F] and v [.., V] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, F, V, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, F, V, here._replace(interpreted=False)))
 
 
 def features(F: int) -> int:
