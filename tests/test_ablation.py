@@ -15,7 +15,7 @@ import yaml
 
 from memarch import ConfigError, cli
 from memarch.ablation import Runner, execute, load, points, run_plan, table, write
-from memarch.evaluation import Table, report
+from memarch.evaluation import Table, plots, report
 
 ROOT = Path(__file__).parents[1]
 BASE = {
@@ -199,6 +199,23 @@ def test_rows_table_and_figure(tmp_path, fake, capsys):
     assert float(lines[0]["val/loss"]) == pytest.approx(0.02) and float(lines[0]["val/loss std"]) == pytest.approx(0.01)
     assert (out / "plot.png").is_file()
     assert "0.020 ±.010" in capsys.readouterr().out
+
+
+def test_a_figure_along_the_bytes_of_state_with_families_as_lines(tmp_path, fake, monkeypatch):
+    """A state that grows counts at the longest length asked for; a family is what stands before the slash."""
+    seen = {}
+    monkeypatch.setattr(plots, "compare", lambda points, **how: seen.update(how, points=list(points)) or plots.Figure())
+    attention = {"kind": "attention", "heads": 2}
+    sets = {f"window / {n}": {"model.pattern": "WW", "model.parts.W.mixer": {**attention, "window": n}} for n in (4, 8)}
+    sets["full"] = {"model.pattern": "WW", "model.parts.W.mixer": attention}
+    assert go(ablation(tmp_path, set=sets, seeds=2, metric=TASK, x="state_bytes", group="family"), tmp_path / "out") == 0
+    assert (seen["x"], seen["group"]) == ("state", "family")
+    assert {point["family"] for point in seen["points"]} == {"window", "full"} and len(seen["points"]) == 3 * 2 * 2
+    runs = {row["variant"]: row for row in rows_of(tmp_path / "out" / "runs.csv")}
+    for name, at in {"window / 4": 0, "window / 8": 0, "full": 32}.items():
+        size = (int(runs[name]["state_bytes"]) + at * int(runs[name]["bytes_per_token"])) / 1024
+        assert any(point["state"] == size and point["family"] == name.partition(" / ")[0] for point in seen["points"])
+    assert go(ablation(tmp_path, set=sets, x="state_bits"), tmp_path / "out") == 2
 
 
 def test_what_is_done_is_not_done_again(tmp_path, fake):
