@@ -4,6 +4,7 @@ One thread, process CPU time, providers interleaved (A B A B ...), median and qu
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from benchmarks.cases import FIELDS, Case, cases, scaling
 
 RESULTS = Path(__file__).parent / "results.csv"
 SCALING = Path(__file__).parent / "scaling.csv"
+DEVICE = f"cpu {platform.machine()}" + (", large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "")
 GROWTH = ("date", "commit", "op", "mode", "shape", "tokens", "ms", "exponent", "threads", "device", "torch")
 
 
@@ -79,7 +81,7 @@ def growth(rounds: int) -> list[dict[str, Any]]:
                 best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
             x, y = np.log(tokens), np.log(best)
             values = (date.today(), commit(), op, mode, shape, " ".join(map(str, tokens)), " ".join(f"{t:.1f}" for t in best), f"{np.polyfit(x, y, 1)[0]:.3f}")
-            rows.append(dict(zip(GROWTH, (*values, 1, f"cpu {platform.machine()}", torch.__version__), strict=True)))
+            rows.append(dict(zip(GROWTH, (*values, 1, DEVICE, torch.__version__), strict=True)))
     return rows
 
 
@@ -119,7 +121,7 @@ def main() -> int:
                     f"{middle / ours:.2f}",
                     len(found),
                 )
-                rows.append(dict(zip(FIELDS, (*values, 1, f"cpu {platform.machine()}", torch.__version__), strict=True)))
+                rows.append(dict(zip(FIELDS, (*values, 1, DEVICE, torch.__version__), strict=True)))
     table = Table("op", "mode", "shape", "provider", "ms", "p20 to p80", "times ours", box=None)
     for row in rows:
         table.add_row(row["op"], row["mode"], row["shape"], row["provider"], row["ms"], f"{row['ms_p20']} to {row['ms_p80']}", row["times_ours"])

@@ -381,9 +381,9 @@ def test_opcheck():
 
     for case in (list(delta_rule(65))[i] for i in (0, 7)):
         x = prepare(case.inputs)
-        torch.library.opcheck(delta.operator, (*(x[n] for n in ("q", "k", "v", "beta", "g", "state")), True))
+        torch.library.opcheck(delta.operator, (*(x[n] for n in ("q", "k", "v", "beta", "g", "state", "lengths")), True))
     x = prepare(list(gated_linear(65))[3].inputs)
-    torch.library.opcheck(gated.operator, (*(x[n] for n in ("q", "k", "v", "g", "state")), True))
+    torch.library.opcheck(gated.operator, (*(x[n] for n in ("q", "k", "v", "g", "state", "lengths")), True))
     for case in (list(short_conv(7))[i] for i in (1, 4)):
         x = prepare(case.inputs)
         torch.library.opcheck(conv.operator, tuple(x[n] for n in ("x", "weight", "bias", "state", "lengths")))

@@ -33,12 +33,17 @@ def view(x: Tensor, N: int, part: slice) -> Tensor:
     return x.unflatten(1, (N, -1))[:, part].permute(1, 0, 3, 2, 4)  # [n, B, H, C, .]
 
 
-def cut(x: Tensor | None, N: int, part: slice, dtype: torch.dtype) -> Any:
-    """[B, N C, H, .] -> the chunks of `part` [n X, C, .], each matrix in one piece and in the working dtype."""
+def cut(x: Tensor | None, N: int, part: slice, dtype: torch.dtype, lengths: Tensor | None = None) -> Any:
+    """[B, N C, H, .] -> the chunks of `part` [n X, C, .], each matrix in one piece and in the working dtype; zeros at t >= lengths[b]."""
     if x is None:
         return None
     y = view(x, N, part)
-    return torch.empty(y.shape, dtype=dtype, device=x.device).copy_(y).flatten(0, 2)
+    y = torch.empty(y.shape, dtype=dtype, device=x.device).copy_(y)
+    if lengths is not None:
+        n, _, _, C, _ = y.shape
+        t = part.start * C + torch.arange(n * C, device=x.device).view(n, 1, 1, C, 1)
+        y.masked_fill_(t >= lengths.view(1, -1, 1, 1, 1), 0)
+    return y.flatten(0, 2)
 
 
 def put(x: Tensor, N: int, part: slice, value: Tensor) -> None:

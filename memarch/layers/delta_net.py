@@ -70,7 +70,7 @@ class DeltaNetRule(Rule):
 
     def __call__(self, owner: Any, q: Tensor, k: Tensor, v: Tensor, raw: Any, memory: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
         beta = raw.to(torch.promote_types(v.dtype, torch.float32)).sigmoid() * (2 if self.negative else 1)  # [B, T, H]
-        return delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, beta, None, memory, lengths=lengths)
+        return delta_rule(l2_norm(q, self.key**-0.5), l2_norm(k), v, beta, None, memory, lengths=lengths)
 
 
 class DeltaNet(Recurrent):

@@ -87,7 +87,7 @@ class GatedDeltaRule(Rule):
         wide = torch.promote_types(v.dtype, torch.float32)
         a, b = raw.to(wide).chunk(2, -1)  # [B, T, H]
         g = -owner.A_log.to(wide).exp() * F.softplus(a + owner.dt_bias.to(wide))
-        return delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
+        return delta_rule(l2_norm(q, self.key**-0.5), l2_norm(k), v, b.sigmoid(), g, memory, lengths=lengths)
 
 
 class GatedDelta(Recurrent):

@@ -32,15 +32,15 @@ Maybe = Tensor | None
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, state: Maybe, lengths: Maybe) -> tuple[Tensor, Tensor]:
-    if lengths is not None:  # a token of zeros changes nothing and answers 0
-        pad = (torch.arange(q.shape[1], device=q.device) >= lengths[:, None])[:, :, None]  # [B, T, 1]
-        q, k, v = (x.masked_fill(pad[..., None], 0) for x in (q, k, v))
-        beta, g = (x if x is None else x.masked_fill(pad, 0) for x in (beta, g))
     if q.shape[1] == 1:
+        if lengths is not None:  # a token of zeros changes nothing and answers 0
+            pad = (lengths <= 0)[:, None, None]
+            q, k, v = (x.masked_fill(pad[..., None], 0) for x in (q, k, v))
+            beta, g = (x if x is None else x.masked_fill(pad, 0) for x in (beta, g))
         return step(q, k, v, beta, g, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
     run = operator if save or torch.compiler.is_compiling() else chunked  # the first call of an operator imports dynamo: not for inference
-    return run(q, k, v, beta, g, state, save)[:2]
+    return run(q, k, v, beta, g, state, lengths, save)[:2]
 
 
 @exact
@@ -73,8 +73,8 @@ class Local(NamedTuple):
     write: Tensor  # e^{G_C - G} K
 
 
-def local(N: int, part: slice, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe) -> Local:
-    q, k, v, beta, g = (cut(x, N, part, dtype) for x in (q, k, v, beta, g))
+def local(N: int, part: slice, dtype: torch.dtype, lengths: Maybe, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe) -> Local:
+    q, k, v, beta, g = (cut(x, N, part, dtype, lengths) for x in (q, k, v, beta, g))
     D, grow, fade, last = decay(g, k)
     A = torch.bmm(q, k.mT).mul_(D)
     scaled = (q, k, k) if g is None else (q * grow, k * grow, k * fade)
@@ -82,7 +82,9 @@ def local(N: int, part: slice, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tens
 
 
 @exact
-def chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, state: Tensor | None, lengths: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> o, the new state, and for the backward S before every chunk [N,X,K,V] and M [N,X,C,C] (empty unless `save`)."""
     (B, T, H, K), V, X = q.shape, v.shape[-1], q.shape[0] * q.shape[2]
     N, C = grid(T, K, V)
@@ -92,7 +94,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | No
     o = v.new_empty(B, N * C, H, V)
     inputs = padded(N * C, q, k, v, beta, g)
     for part in groups(N, C, X):
-        c = local(N, part, dtype, *inputs)
+        c = local(N, part, dtype, lengths, *inputs)
         if beta is not None:
             M = invert(torch.bmm(c.k, c.k.mT).mul_(c.D).mul_(c.beta))
         out = torch.empty_like(c.v)
@@ -111,7 +113,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | No
 @torch.library.custom_op("memarch::delta_rule_backward", mutates_args=())
 @exact
 def chunked_backward(
-    do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, states: Tensor, inverse: Tensor
+    do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, states: Tensor, inverse: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of q, k, v, beta, g (empty where there is none) and of the initial state."""
     (B, T, H, K), V, X = q.shape, v.shape[-1], q.shape[0] * q.shape[2]
@@ -121,7 +123,7 @@ def chunked_backward(
     dbeta, dg = (q.new_empty(0) if x is None else x.new_empty(B, N * C, H, 1) for x in (beta, g))
     do, *inputs = padded(N * C, do, q, k, v, beta, g)
     for part in reversed(list(groups(N, C, X))):
-        c, dO = local(N, part, dS.dtype, *inputs), cut(do, N, part, dS.dtype)
+        c, dO = local(N, part, dS.dtype, lengths, *inputs), cut(do, N, part, dS.dtype, lengths)
         S = states[part].flatten(0, 1)  # [n X, K, V]
         U = c.v
         if beta is not None:
@@ -172,6 +174,9 @@ def chunked_backward(
         put(dk, N, part, dwrite if beta is None else dwrite.add_(derase))
         put(dv, N, part, dU)
     dbeta, dg = (x if x.ndim == 1 else crop(x, T).squeeze(-1) for x in (dbeta, dg))
+    if lengths is not None:  # of q, k and v they are zero by themselves
+        pad = (torch.arange(T, device=q.device) >= lengths[:, None])[:, :, None]
+        dbeta, dg = (x if x.ndim == 1 else x.masked_fill_(pad, 0) for x in (dbeta, dg))
     return crop(dq, T), crop(dk, T), crop(dv, T), dbeta, dg, dS.view(B, H, K, V)
 
 
@@ -217,7 +222,7 @@ operator = torch.library.custom_op("memarch::delta_rule", chunked, mutates_args=
 
 
 @operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, state: Maybe, save: bool) -> tuple[Tensor, ...]:
+def _(q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, state: Maybe, lengths: Maybe, save: bool) -> tuple[Tensor, ...]:
     (B, T, H, K), V = q.shape, v.shape[-1]
     N, C = grid(T, K, V)
     S = v.new_empty(B, H, K, V, dtype=torch.promote_types(v.dtype, torch.float32))
@@ -226,15 +231,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, state: Maybe, save
 
 
 @chunked_backward.register_fake
-def _(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, states: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+def _(
+    do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe, states: Tensor, inverse: Tensor, lengths: Maybe
+) -> tuple[Tensor, ...]:
     dbeta, dg = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, g))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbeta, dg, dstate.new_empty(dstate.shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs_, state, save = inputs
+    *inputs_, state, lengths, save = inputs
     assert save, "the operator was told that no gradient is wanted"
-    ctx.save_for_backward(*inputs_, *output[2:])
+    ctx.save_for_backward(*inputs_, *output[2:], lengths)
     ctx.state_dtype = None if state is None else state.dtype
     ctx.like = [(x.shape, x.dtype, x.device) for x in output[:2]]
     ctx.set_materialize_grads(False)  # the zeros for `states` alone would cost as much as a tenth of the backward
@@ -242,9 +249,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _gradients(ctx: Any, do: Maybe, dstate: Maybe, *_: None) -> tuple[Maybe, ...]:
     do, dstate = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, dstate), ctx.like, strict=True))
-    q, k, v, beta, g, states, inverse = ctx.saved_tensors  # asked for once: recomputation gives them out only once
-    dq, dk, dv, dbeta, dg, dS = chunked_backward(do, dstate, q, k, v, beta, g, states, inverse)
-    return dq, dk, dv, None if beta is None else dbeta, None if g is None else dg, None if ctx.state_dtype is None else dS.to(ctx.state_dtype), None
+    q, k, v, beta, g, states, inverse, lengths = ctx.saved_tensors  # asked for once: recomputation gives them out only once
+    dq, dk, dv, dbeta, dg, dS = chunked_backward(do, dstate, q, k, v, beta, g, states, inverse, lengths)
+    return dq, dk, dv, None if beta is None else dbeta, None if g is None else dg, None if ctx.state_dtype is None else dS.to(ctx.state_dtype), None, None
 
 
 operator.register_autograd(_gradients, setup_context=_remember)

@@ -29,14 +29,13 @@ Maybe = Tensor | None
 
 
 def gated_linear(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, lengths: Maybe) -> tuple[Tensor, Tensor]:
-    if lengths is not None:  # a token of zeros changes nothing and answers 0
-        pad = (torch.arange(q.shape[1], device=q.device) >= lengths[:, None])[:, :, None, None]  # [B, T, 1, 1]
-        q, k, v, g = (x.masked_fill(pad, 0) for x in (q, k, v, g))
     if q.shape[1] == 1:
+        if lengths is not None:  # a token of zeros changes nothing and answers 0
+            q, k, v, g = (x.masked_fill((lengths <= 0)[:, None, None, None], 0) for x in (q, k, v, g))
         return step(q, k, v, g, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
     run = operator if save or torch.compiler.is_compiling() else chunked  # the first call of an operator imports dynamo: not for inference
-    return run(q, k, v, g, state, save)[:2]
+    return run(q, k, v, g, state, lengths, save)[:2]
 
 
 @exact
@@ -71,8 +70,8 @@ class Round(NamedTuple):
     down: Tensor  # e^R
 
 
-def local(N: int, part: slice, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Local:
-    q, k, v, P = (cut(x, N, part, dtype) for x in (q, k, v, g))
+def local(N: int, part: slice, dtype: torch.dtype, lengths: Maybe, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Local:
+    q, k, v, P = (cut(x, N, part, dtype, lengths) for x in (q, k, v, g))
     A, R, rounds = q.new_zeros(*q.shape[:2], q.shape[1]), torch.zeros_like(P), []
     A.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     for h in halves(q.shape[1]):
@@ -102,7 +101,7 @@ def block(A: Tensor, h: int) -> Tensor:
 
 
 @exact
-def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, lengths: Maybe, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> o, the new state, and for the backward S before every chunk [N,X,K,V] (empty unless `save`)."""
     (B, T, H, K), V, X = q.shape, v.shape[-1], q.shape[0] * q.shape[2]
     N, C = grid(T)
@@ -111,7 +110,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, save: bool
     states, o = S.new_empty((N, X, K, V) if save else 0), v.new_empty(B, N * C, H, V)
     inputs = padded(N * C, q, k, v, g)
     for part in groups(N, C, X):
-        c = local(N, part, dtype, *inputs)
+        c = local(N, part, dtype, lengths, *inputs)
         out, read, write, last = torch.bmm(c.A, c.v), c.q * c.grow, c.k * c.fade, c.grow[:, -1, :, None]
         for i, at in chunks(part, X):
             if save:
@@ -124,7 +123,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, save: bool
 
 @torch.library.custom_op("memarch::gated_linear_backward", mutates_args=())
 @exact
-def chunked_backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def chunked_backward(
+    do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, lengths: Maybe
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of q, k, v, g and of the initial state."""
     (B, T, H, K), V, X = q.shape, v.shape[-1], q.shape[0] * q.shape[2]
     N, C = grid(T)
@@ -132,7 +133,7 @@ def chunked_backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor
     dq, dk, dv, dg = (x.new_empty(B, N * C, H, x.shape[-1]) for x in (q, k, v, g))
     do, *inputs = padded(N * C, do, q, k, v, g)
     for part in reversed(list(groups(N, C, X))):
-        c, dO = local(N, part, dS.dtype, *inputs), cut(do, N, part, dS.dtype)
+        c, dO = local(N, part, dS.dtype, lengths, *inputs), cut(do, N, part, dS.dtype, lengths)
         S, read, write, last = states[part].flatten(0, 1), c.q * c.grow, c.k * c.fade, c.grow[:, -1, :, None]
         after = torch.empty_like(S)  # the gradient of the memory after each chunk
         for _, at in reversed(list(chunks(part, X))):
@@ -159,7 +160,10 @@ def chunked_backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor
         put(dk, N, part, dK)
         put(dv, N, part, torch.bmm(c.A.mT, dO).baddbmm_(write, after))
         put(dg, N, part, dP)
-    return crop(dq, T), crop(dk, T), crop(dv, T), crop(dg, T), dS.view(B, H, K, V).clone()
+    dg = crop(dg, T)
+    if lengths is not None:  # of q, k and v they are zero by themselves
+        dg.masked_fill_((torch.arange(T, device=q.device) >= lengths[:, None])[:, :, None, None], 0)
+    return crop(dq, T), crop(dk, T), crop(dv, T), dg, dS.view(B, H, K, V).clone()
 
 
 def grid(T: int) -> tuple[int, int]:
@@ -172,21 +176,21 @@ operator = torch.library.custom_op("memarch::gated_linear", chunked, mutates_arg
 
 
 @operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Maybe, lengths: Maybe, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[-1]
     S = v.new_empty(B, H, K, V, dtype=torch.promote_types(v.dtype, torch.float32))
     return v.new_empty(B, T, H, V), S, S.new_empty((grid(T)[0], B * H, K, V) if save else 0)
 
 
 @chunked_backward.register_fake
-def _(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+def _(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, lengths: Maybe) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in (q, k, v, g)), dstate.new_empty(dstate.shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs_, state, save = inputs
+    *inputs_, state, lengths, save = inputs
     assert save, "the operator was told that no gradient is wanted"
-    ctx.save_for_backward(*inputs_, output[2])
+    ctx.save_for_backward(*inputs_, output[2], lengths)
     ctx.state_dtype = None if state is None else state.dtype
     ctx.like = [(x.shape, x.dtype, x.device) for x in output[:2]]
     ctx.set_materialize_grads(False)
@@ -194,9 +198,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _gradients(ctx: Any, do: Maybe, dstate: Maybe, *_: None) -> tuple[Maybe, ...]:
     do, dstate = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, dstate), ctx.like, strict=True))
-    q, k, v, g, states = ctx.saved_tensors  # asked for once: recomputation gives them out only once
-    dq, dk, dv, dg, dS = chunked_backward(do, dstate, q, k, v, g, states)
-    return dq, dk, dv, dg, None if ctx.state_dtype is None else dS.to(ctx.state_dtype), None
+    q, k, v, g, states, lengths = ctx.saved_tensors  # asked for once: recomputation gives them out only once
+    dq, dk, dv, dg, dS = chunked_backward(do, dstate, q, k, v, g, states, lengths)
+    return dq, dk, dv, dg, None if ctx.state_dtype is None else dS.to(ctx.state_dtype), None, None
 
 
 operator.register_autograd(_gradients, setup_context=_remember)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WASTE = 0.75  # buckets at least this full share a batch of rows; the rest run in another
+WASTE = 0.9  # buckets at least this full share a batch of rows; the rest run in another
 
 
 class Group(NamedTuple):
