@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.cases import FIELDS, Case, cases, scaling
+from benchmarks.cases import FIELDS, Case, cases, decoders, scaling
 
 RESULTS = Path(__file__).parent / "results.csv"
 SCALING = Path(__file__).parent / "scaling.csv"
@@ -69,20 +69,41 @@ def commit() -> str:
 
 
 def growth(rounds: int) -> list[dict[str, Any]]:
-    """Time over 2k to 32k tokens with the exponent of a fitted power law (1: linear), the least of several times each; and one token after so many."""
+    """Time over 2k to 32k tokens with the exponent of a fitted power law (1: linear; 0: constant), the least of several times each."""
     rows = []
+    tokens = [2048 * 2**i for i in range(5)]
+
+    def row(op: str, mode: str, shape: str, best: list[float]) -> None:
+        exponent = np.polyfit(np.log(tokens), np.log(best), 1)[0]
+        values = (date.today(), commit(), op, mode, shape, " ".join(map(str, tokens)), " ".join(f"{t:.3g}" for t in best), f"{exponent:.3f}")
+        rows.append(dict(zip(GROWTH, (*values, 1, DEVICE, torch.__version__), strict=True)))
+
     for op, at in track(scaling().items(), "growing", disable=not sys.stdout.isatty(), transient=True):
         for mode in ("fwd", "fwd+bwd"):
-            tokens, best = [2048 * 2**i for i in range(5)], []
-            shape = ""
+            best, shape = [], ""
             for T in tokens:
                 shape, call, inputs = at(T)
                 once(call, inputs, mode != "fwd")
                 best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
-            x, y = np.log(tokens), np.log(best)
-            values = (date.today(), commit(), op, mode, shape, " ".join(map(str, tokens)), " ".join(f"{t:.1f}" for t in best), f"{np.polyfit(x, y, 1)[0]:.3f}")
-            rows.append(dict(zip(GROWTH, (*values, 1, DEVICE, torch.__version__), strict=True)))
+            row(op, mode, shape, best)
+    for kind, layer in track(decoders().items(), "decoding", disable=not sys.stdout.isatty(), transient=True):
+        best = [decode(layer, T, rounds) for T in tokens]
+        row(f"{kind} layer", "one token after so many", "B=1 D=256 fp32", best)
     return rows
+
+
+@torch.no_grad()
+def decode(layer: Any, context: int, rounds: int) -> float:
+    """ms for one token, the least over rounds of 50."""
+    state, x, times = None, torch.randn(1, 1024, 256), []
+    for _ in range(context // 1024):
+        state = layer(x, state).state
+    for _ in range(rounds):
+        begin, now = time.process_time(), state
+        for _ in range(50):
+            now = layer(x[:, :1], now).state
+        times.append((time.process_time() - begin) / 50 * 1e3)
+    return min(times)
 
 
 def main() -> int:
@@ -136,7 +157,7 @@ def main() -> int:
 
 def grow(args: argparse.Namespace) -> int:
     out, rows = Console(width=160), growth(min(args.rounds, 5))
-    table = Table("op", "mode", "shape", "ms at 2k, 4k, 8k, 16k, 32k", "exponent", box=None)
+    table = Table("op", "mode", "shape", "ms at 2k, 4k, 8k, 16k, 32k tokens", "exponent", box=None)
     for row in rows:
         table.add_row(row["op"], row["mode"], row["shape"], row["ms"], row["exponent"])
     out.print(table)

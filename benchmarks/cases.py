@@ -15,7 +15,7 @@ from memarch.kernels.gated_linear import gated_linear
 from memarch.kernels.short_conv import short_conv
 from memarch.kernels.taylor_attention import taylor_attention
 from memarch.kernels.weighted_bag import weighted_bag
-from memarch.layers import GatedDeltaConfig, MoMConfig
+from memarch.layers import BasedConfig, GatedDeltaConfig, GLAConfig, Mamba2Config, MoMConfig
 
 
 class Case(NamedTuple):
@@ -176,3 +176,9 @@ def scaling() -> dict[str, Callable[[int], tuple[str, Callable[..., Any], list[T
         "taylor_attention": op(lambda T: taylor(T, B=1)),
         "mom layer": op(lambda T: mixture(T, 4, True, B=1)),
     }
+
+
+def decoders() -> dict[str, Any]:
+    """Layers whose time for one more token is taken after short and long contexts."""
+    configs = (GatedDeltaConfig(heads=4), GLAConfig(heads=4), Mamba2Config(), BasedConfig(heads=4), MoMConfig(inner=GatedDeltaConfig(heads=4)))
+    return {config.kind: config.build(256) for config in configs}

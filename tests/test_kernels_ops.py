@@ -169,6 +169,15 @@ def test_equals_reference(op, impl):
             close(found[name], truth[name], 1e-10, f"{case.name}, {name}")
 
 
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv", "taylor_attention"])
+def test_a_thousand_tokens(op):
+    """Many groups of chunks, the last chunk not full, rows of different length; what is carried has had time to go wrong."""
+    case = list(CASES[op](1000))[-1]
+    truth, found = (run(op, prepare(case.inputs), impl, case.defined) for impl in ("reference", "torch"))
+    for name in truth:
+        close(found[name], truth[name], 1e-9, name)
+
+
 @pytest.fixture
 def poison():
     """Whatever `torch.empty` gives is NaN, or the largest integer."""

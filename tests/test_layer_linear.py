@@ -5,9 +5,21 @@ import torch
 from torch.nn import functional as F
 
 from memarch import kernels
+from memarch import state as states
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.gated_linear import gated_linear
-from memarch.layers import BaseConvConfig, BaseConvMQARConfig, DeltaNetConfig, GatedDeltaConfig, GLAConfig, LinearAttentionConfig, RetNetConfig
+from memarch.layers import (
+    AttentionConfig,
+    BaseConvConfig,
+    BaseConvMQARConfig,
+    BasedConfig,
+    DeltaNetConfig,
+    GatedDeltaConfig,
+    GLAConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    RetNetConfig,
+)
 from memarch.layers.parts.rope import rotate
 from zoo import DIM, F64, close, noisy
 
@@ -106,6 +118,16 @@ def test_base_conv_mqar_is_its_formula():
     x = inputs()
     u = F.conv1d(F.pad(x.mT, (2, 0)), layer.conv.weight[:, None], layer.conv.bias, groups=DIM).mT
     close(layer(x).y, x + u * layer.map(x), "output", 1e-12)
+
+
+def test_state_sizes_are_the_published_ones():
+    """The bytes that zoology plots (spec 4.1), without its convolution layer's 12 d and without a mixer's own tail."""
+    gated, plain = GatedDeltaConfig(heads=2, value_dim=64), DeltaNetConfig(heads=2)
+    for config, dim, published in ((gated, 64, 17_152), (plain, 64, 8_960), (BasedConfig(heads=1), 64, 40_548), (BasedConfig(heads=1), 128, 80_484)):
+        assert states.nbytes(config.build(dim).start(1).memory) + 12 * dim == published
+    assert 2 * states.nbytes(Mamba2Config(state=16).build(64).start(1).memory) == 16_384  # two such layers, no convolution layer
+    ring = AttentionConfig(heads=1, window=64).build(128)
+    assert sum(x.numel() * 4 // 63 * 64 for name, x in states.leaves(ring.start(1)) if x.ndim == 4) + 12 * 128 == 67_072  # we hold w - 1 of w keys
 
 
 # ------------------------------------------------------------------------------------------------ what the recurrences must do (spec, P5 and 1.5)
