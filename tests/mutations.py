@@ -27,7 +27,7 @@ class Mutation(NamedTuple):
 
 LAWS, TABLES, MODEL = "tests/test_laws.py", "tests/test_tables.py", "tests/test_model.py"
 GD, AT, LM = "memarch/layers/parts/recurrent.py", "memarch/layers/attention.py", "memarch/models/lm.py"
-HEADS = "memarch/layers/parts/heads.py"
+HEADS, BUCKETS = "memarch/layers/parts/heads.py", "memarch/layers/parts/buckets.py"
 
 MUTATIONS = [
     Mutation(
@@ -127,6 +127,34 @@ MUTATIONS = [
         "return Fed(self.down(F.silu(gate) * up))",
         "return Fed(self.down(F.silu(gate - 1e-3 * gate.mean(1, keepdim=True)) * up))",
         TABLES,
+    ),
+    Mutation(
+        "shuffle tokens inside a bucket",
+        BUCKETS,
+        "order = key.argsort(dim=1, stable=True)",
+        "order = (key + 0.9 * torch.rand(key.shape)).argsort(dim=1)",
+        LAWS,
+    ),
+    Mutation(
+        "a bucket reads on into the next one",
+        BUCKETS,
+        "groups.append(Group(some, count, width, length.flatten()))",
+        "groups.append(Group(some, count, width, (length + (length > 0)).clamp(max=width).flatten()))",
+        LAWS,
+    ),
+    Mutation(
+        "a memory that was not chosen decays",
+        "memarch/layers/mom.py",
+        "        new = old.clone()\n",
+        "        new = old * 0.999\n",
+        LAWS,
+    ),
+    Mutation(
+        "a span adds the wrong total of its other half",
+        "memarch/kernels/gated_linear/torch_impl.py",
+        "        R1 += P2[:, :, -1:]\n",
+        "        R1 += P2[:, :, :1]\n",
+        "tests/test_kernels_ops.py",
     ),
 ]
 
