@@ -12,6 +12,7 @@ from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.gla import GLA, GLAConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from memarch.layers.mamba2 import Mamba2, Mamba2Config
+from memarch.layers.moe import MoE, MoEConfig
 from memarch.layers.mom import MoM, MoMConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
 from memarch.layers.product_key import PKM, PKMConfig
@@ -36,6 +37,7 @@ MIXERS = {
 }
 
 CHANNELS = {
+    "moe": MoEConfig,
     "pkm": PKMConfig,
     "swiglu": SwiGLUConfig,
 }
@@ -69,6 +71,8 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MixerConfig",
+    "MoE",
+    "MoEConfig",
     "MoM",
     "MoMConfig",
     "PKMConfig",

@@ -7,8 +7,9 @@
 q, the short convolution's taps, the decay's constants, norm, gate and output map are shared. Time for a memory is the sequence of its own tokens: the
 convolution sees the tokens before in that memory, each memory has a tail of its own. Every token writes the shared memory, with weight 1.
 
-The tokens of a memory become one row with a length, and the rule runs once for all memories: what a token costs depends on topk, not on the number of
-memories. `balance` weighs M sum_m f_m P_m (f the share of tokens that chose m, P its mean probability), which is topk when all are used alike.
+The tokens of a memory become one row with a length, and the rule runs once for all memories: what a token costs depends on topk, not on the number
+of memories. (Under torch.compile it does: there every row is as long as the input.) `balance` weighs M sum_m f_m P_m (f the share of tokens that
+chose m, P its mean probability), which is topk when all are used alike.
 
     B rows   T tokens   H heads   K key width   V value width   M memories, the shared one last   C = H (2K + V)
 """
@@ -24,7 +25,6 @@ from torch.nn import functional as F
 from memarch import state as states
 from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, State
-from memarch.kernels.autocast import exact
 from memarch.layers.delta_net import DeltaNetConfig
 from memarch.layers.gated_delta import GatedDeltaConfig
 from memarch.layers.gla import GLAConfig
@@ -33,6 +33,7 @@ from memarch.layers.parts import Linear, ShortConv
 from memarch.layers.parts.bank import Bank
 from memarch.layers.parts.buckets import Move, sort
 from memarch.layers.parts.heads import Readout
+from memarch.layers.parts.router import balance, choose
 from memarch.layers.retnet import RetNetConfig
 
 InnerConfig = GatedDeltaConfig | DeltaNetConfig | GLAConfig | LinearAttentionConfig | RetNetConfig
@@ -144,19 +145,11 @@ class MoM(SequenceMixer):
     def route(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """-> the weights and the memories of every token [B, T, k], the shared one last; M memories at pads, which is none."""
         cfg = self.cfg
-        p = _probabilities(x, self.router.weight)  # [B, T, memories]
-        best, ids = p.sort(dim=-1, descending=True, stable=True)  # among equals the first
-        best, ids = best[..., : cfg.topk], ids[..., : cfg.topk]
-        weight = best / best.sum(-1, keepdim=True)
-
-        mask = torch.ones_like(p[..., 0]) if real is None else real.to(p.dtype)
-        total = mask.sum().clamp(min=1)
-        chosen = (ids[..., None] == torch.arange(cfg.memories, device=ids.device)).any(-2)  # [B, T, memories]
-        f = (chosen * mask[..., None]).sum((0, 1)) / total
-        P = (p * mask[..., None]).sum((0, 1)) / total
+        p, weight, ids = choose(x, self.router.weight, cfg.topk)
+        f, loss = balance(p, ids, real)
         aux = {"busiest": f.max().detach()}  # 1: some memory is used by every token
         if cfg.balance:
-            aux["loss/balance"] = cfg.balance * cfg.memories * (f.detach() * P).sum()
+            aux["loss/balance"] = cfg.balance * loss
 
         if cfg.shared:
             weight, ids = F.pad(weight, (0, 1), value=1.0), F.pad(ids, (0, 1), value=cfg.memories)
@@ -185,10 +178,3 @@ class MoM(SequenceMixer):
         new = old.clone()
         new[:, which] = rows
         return new
-
-
-@exact
-def _probabilities(x: Tensor, weight: Tensor) -> Tensor:
-    """In float32 also under autocast: bfloat16 makes ties, and who wins one is no choice of the token's."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(dtype) @ weight.to(dtype).mT).softmax(-1)

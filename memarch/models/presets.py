@@ -110,6 +110,12 @@ PRESETS: dict[str, Preset] = {
             "parts.C": {"mixer": {"kind": "cross_attention", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
         },
     ),
+    "moe-tiny": Preset(
+        "memory",
+        "Shazeer et al. 2017, arXiv 1701.06538",
+        "hybrid-tiny",
+        {"parts.W.ffn": {"kind": "moe", "experts": 4, "hidden": 64}},
+    ),
     "pkm-tiny": Preset(
         "memory",
         "Lample et al. 2019, arXiv 1907.05242",

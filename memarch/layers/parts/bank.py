@@ -1,5 +1,8 @@
 """Linear maps of one shape, one for each of several memories."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +16,11 @@ class Bank(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(memories, fan_in, fan_out))
 
-    def init_(self, generator: torch.Generator) -> None:
-        normal_(self.weight, small(self.weight.shape[1]), generator)
+    def init_(self, generator: torch.Generator, depth: int | None = None) -> None:
+        """With `depth`, these maps write into the residual stream: see `Linear`."""
+        normal_(self.weight, small(self.weight.shape[1]) / (math.sqrt(2 * depth) if depth else 1.0), generator)
 
-    def forward(self, x: Tensor, which: slice) -> Tensor:
+    def forward(self, x: Tensor, which: Any) -> Tensor:
         """The maps of `which`, as many as x has."""
         weight = self.weight[which] if len(self.weight) > 1 else self.weight.expand(x.shape[0], -1, -1)
         return torch.bmm(x, weight)
