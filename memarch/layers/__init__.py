@@ -12,6 +12,7 @@ from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.gla import GLA, GLAConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from memarch.layers.mamba2 import Mamba2, Mamba2Config
+from memarch.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from memarch.layers.moe import MoE, MoEConfig
 from memarch.layers.mom import MoM, MoMConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
@@ -37,6 +38,7 @@ MIXERS = {
 }
 
 CHANNELS = {
+    "memory_plus": MemoryPlusConfig,
     "moe": MoEConfig,
     "pkm": PKMConfig,
     "swiglu": SwiGLUConfig,
@@ -70,6 +72,8 @@ __all__ = [
     "LinearAttentionConfig",
     "Mamba2",
     "Mamba2Config",
+    "MemoryPlus",
+    "MemoryPlusConfig",
     "MixerConfig",
     "MoE",
     "MoEConfig",

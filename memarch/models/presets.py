@@ -110,6 +110,16 @@ PRESETS: dict[str, Preset] = {
             "parts.C": {"mixer": {"kind": "cross_attention", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
         },
     ),
+    "memory-plus-tiny": Preset(
+        "memory",
+        "Berges et al. 2024, arXiv 2412.09764",
+        "hybrid-tiny",
+        {
+            "layers": 4,
+            "parts.M.ffn": {"kind": "memory_plus", "keys": 32, "heads": 2, "topk": 8, "pool": "facts"},
+            "pools": {"facts": {"rows": 1024}},
+        },
+    ),
     "moe-tiny": Preset(
         "memory",
         "Shazeer et al. 2017, arXiv 1701.06538",

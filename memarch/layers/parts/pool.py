@@ -54,3 +54,8 @@ def claim(name: str | None, rows: int, width: int, pools: Mapping[str, nn.Module
     assert isinstance(pool, ValuePool)
     require((pool.rows, pool.width) == (rows, width), f"pool {name!r} is {pool.rows} x {pool.width}; this layer needs {rows} x {width}.")
     return Borrowed(pool)
+
+
+def rows_of(pool: ValuePool | Borrowed) -> nn.Parameter:
+    """The table, owned or borrowed."""
+    return pool.pool.table if isinstance(pool, Borrowed) else pool.table

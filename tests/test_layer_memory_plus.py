@@ -1,0 +1,63 @@
+"""Memory+ against its formula, against PKM, and sharing; float64."""
+
+import torch
+from torch.nn import functional as F
+
+from memarch import create_model
+from memarch.layers import MemoryPlusConfig, PKMConfig
+from zoo import DIM, F64, close, noisy
+
+
+def inputs():
+    return torch.randn(2, 9, DIM, dtype=F64)
+
+
+def test_it_is_its_formula_by_brute_force():
+    """All n^2 rows scored, the best k taken."""
+    layer = noisy(MemoryPlusConfig(keys=6, heads=2, topk=4, query_dim=8, value_dim=10, qk_norm=True).build(DIM))
+    x = inputs()
+
+    def unit(y, gain):
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * gain
+
+    q = unit(layer.query(x).unflatten(-1, (2, 2, 4)), layer.gains[0])
+    keys = unit(layer.keys, layer.gains[1])
+    s = torch.einsum("bthq,hnq->bthn", q[..., 0, :], keys[0])[..., :, None] + torch.einsum("bthq,hnq->bthn", q[..., 1, :], keys[1])[..., None, :]
+    best, ids = s.flatten(-2).topk(4)
+    m = (best.softmax(-1)[..., None] * layer.values.table[ids]).sum((2, 3))
+    close(layer(x).y, (m * F.silu(x @ layer.gate.weight.mT)) @ layer.out.weight.mT, "output", 1e-12)
+
+
+def test_without_gate_and_projection_it_is_pkm():
+    a = noisy(MemoryPlusConfig(keys=6, heads=2, topk=4, query_dim=8, gate=False).build(DIM))
+    b = noisy(PKMConfig(keys=6, heads=2, topk=4, query_dim=8, query_norm="none").build(DIM))
+    with torch.no_grad():
+        b.load_state_dict({name: p for name, p in a.state_dict().items() if not name.startswith("out")})
+        a.out.weight.copy_(torch.eye(DIM))
+    x = inputs()
+    close(a(x).y, b(x).y, "output", 1e-12)
+
+
+def test_scores_start_with_a_spread_of_one():
+    layer = MemoryPlusConfig(keys=64, heads=4, topk=8, query_dim=64, qk_norm=True).build(128)
+    q = layer.query(torch.randn(1, 200, 128)).unflatten(-1, (4, 2, 32))
+    q, keys = (F.rms_norm(y, [32], gain) for y, gain in zip((q, layer.keys), layer.gains, strict=True))
+    spread = torch.einsum("bthaq,ahnq->abthn", q, keys).std()
+    assert 0.9 < spread < 1.1
+
+
+def test_layers_share_one_table_and_its_gradient_is_the_sum_of_both_uses():
+    model = create_model("memory-plus-tiny").double()
+    tables = [name for name, _ in model.named_parameters() if name.endswith("table")]
+    assert tables == ["backbone.pools.facts.table"]
+    first, second = (model.backbone.blocks[i].ffn for i in (0, 2))
+    assert first.values.pool is second.values.pool
+    x = torch.randn(1, 5, 64, dtype=F64)
+    grads = []
+    for layers in ((first,), (second,), (first, second)):
+        model.zero_grad()
+        sum(layer(x).y.sum() for layer in layers).backward()
+        grads.append(model.backbone.pools["facts"].table.grad.clone())
+    close(grads[0] + grads[1], grads[2], "gradient", 1e-12)
+    other = create_model("memory-plus-tiny")
+    assert other.backbone.pools["facts"].table is not model.backbone.pools["facts"].table
