@@ -12,6 +12,7 @@ from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.gla import GLA, GLAConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from memarch.layers.mamba2 import Mamba2, Mamba2Config
+from memarch.layers.memory_former import MemoryFormer, MemoryFormerConfig
 from memarch.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from memarch.layers.moe import MoE, MoEConfig
 from memarch.layers.mom import MoM, MoMConfig
@@ -38,6 +39,7 @@ MIXERS = {
 }
 
 CHANNELS = {
+    "memory_former": MemoryFormerConfig,
     "memory_plus": MemoryPlusConfig,
     "moe": MoEConfig,
     "pkm": PKMConfig,
@@ -72,6 +74,8 @@ __all__ = [
     "LinearAttentionConfig",
     "Mamba2",
     "Mamba2Config",
+    "MemoryFormer",
+    "MemoryFormerConfig",
     "MemoryPlus",
     "MemoryPlusConfig",
     "MixerConfig",

@@ -110,6 +110,7 @@ PRESETS: dict[str, Preset] = {
             "parts.C": {"mixer": {"kind": "cross_attention", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
         },
     ),
+    "memory-former-tiny": Preset("memory", "Ding et al. 2024, arXiv 2411.12992", "hybrid-tiny", {"parts.W.ffn": {"kind": "memory_former", "bits": 4}}),
     "memory-plus-tiny": Preset(
         "memory",
         "Berges et al. 2024, arXiv 2412.09764",
