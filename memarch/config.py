@@ -59,6 +59,10 @@ class LayerConfig:
         """Parameters that one token touches: fewer than all of them in a sparse memory."""
         return self.num_params(dim)
 
+    def pool_size(self, dim: int) -> tuple[int, int]:
+        """Rows and width of the table that this layer reads, owned or borrowed from a pool of the model."""
+        raise NotImplementedError
+
     def span(self) -> int:
         """The longest chunk, window or segment of this layer: the laws are tested over more than three of them."""
         return 1

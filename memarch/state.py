@@ -114,7 +114,11 @@ def growing(mixer: SequenceMixer, dim: int) -> tuple[bool, ...]:
     with torch.no_grad():
         before = mixer.start(1)
         weight = next(mixer.parameters())
-        after = mixer(weight.new_zeros(1, 1, dim), before).state
+        return grew(before, mixer(weight.new_zeros(1, 1, dim), before).state)
+
+
+def grew(before: State, after: State) -> tuple[bool, ...]:
+    """Which leaves did a call make longer?"""
     return tuple(a.shape != b.shape for (_, a), (_, b) in zip(leaves(before), leaves(after), strict=True))
 
 

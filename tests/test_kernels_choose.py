@@ -102,9 +102,11 @@ def example(op: str) -> tuple:
         "attention": (x, x, x),
         "delta_rule": (x, x, x, None, None),
         "gated_linear": (x, x, x, -x.abs()),
+        "row_dot": (torch.randn(5, 2), torch.zeros(3, 4, dtype=torch.int64), torch.randn(3, 2)),
         "short_conv": (x[:, :, 0], torch.randn(4, 3)),
         "product_key_topk": (x, x, 2),
         "taylor_attention": (x, x, x),
+        "tucker_topk": (x, x, torch.ones(2, 2), torch.ones(2), torch.ones(2), 2),
         "weighted_bag": (torch.randn(5, 2), torch.zeros(3, 2, dtype=torch.int64), torch.randn(3, 2)),
     }[op]
 

@@ -81,7 +81,10 @@ def attention(T: int, B: int = 3, H: int = 4, D: int = 6, V: int = 5) -> Iterato
 
 
 def product_key_topk(T: int) -> Iterator[Case]:
-    yield Case(f"T{T}", {"s1": draw(2, T, 9), "s2": draw(2, T, 9), "k": 4})
+    for n, k in ((9, 4), (9, 9), (1, 1), (40, 1), (40, 33)):
+        yield Case(f"T{T} n{n} k{k}", {"s1": draw(2, T, n), "s2": draw(2, T, n), "k": k})
+    halves = [draw(2, T, 8).mul(2).round().div(2) for _ in range(2)]  # many equal scores, sums exact
+    yield Case(f"T{T} ties", {"s1": halves[0], "s2": halves[1], "k": 5})
 
 
 def taylor_attention(T: int, B: int = 3, H: int = 2, F: int = 4, V: int = 5) -> Iterator[Case]:
@@ -92,8 +95,33 @@ def taylor_attention(T: int, B: int = 3, H: int = 2, F: int = 4, V: int = 5) -> 
         yield Case(f"T{T} " + "state " * state + "lengths" * lengths, inputs, defined)
 
 
-def weighted_bag(T: int) -> Iterator[Case]:
-    yield Case(f"T{T}", {"table": draw(11, 6), "ids": torch.randint(0, 11, (2, T, 5)), "weights": draw(2, T, 5)})
+def row_dot(T: int) -> Iterator[Case]:
+    for R, d, dtype in ((5, 6, torch.int64), (1, 3, torch.int32)):
+        yield Case(f"T{T} R{R} {dtype}", {"table": draw(11, d), "ids": torch.randint(0, 11, (2, T, R), dtype=dtype), "x": draw(2, T, d)})
+
+
+def tucker_topk(T: int) -> Iterator[Case]:
+    for heads, r, n, k in (((), 1, 9, 4), ((3,), 2, 9, 4), ((2,), 3, 6, 6), ((), 2, 1, 1), ((2, 2), 2, 20, 3)):
+        core = torch.rand(*heads, r, r, dtype=torch.float64)
+        inputs = {"s1": draw(2, T, *heads, r, n), "s2": draw(2, T, *heads, r, n), "core": core}
+        yield Case(f"T{T} heads{heads} r{r} n{n} k{k}", inputs | dict(zip("uv", OPS["tucker_topk"].principal(core), strict=True)) | {"k": k})
+
+
+def weighted_bag(T: int, R: int = 5) -> Iterator[Case]:
+    for N, d, h, groups, dtype in (
+        (11, 6, None, None, torch.int64),
+        (11, 6, None, None, torch.int32),
+        (300, 7, 1, None, torch.int64),
+        (11, 6, 3, None, torch.int64),
+        (3, 6, None, 4, torch.int32),
+        (11, 10, 2, 3, torch.int64),
+        (1, 1, 1, 1, torch.int64),
+    ):
+        inputs: dict[str, Any] = {"table": draw(N, d), "ids": torch.randint(0, N, (2, T, R), dtype=dtype)}
+        inputs["ids"][..., -1] = inputs["ids"][..., 0]  # twice in one bag
+        inputs["weights"] = draw(2, T, R) if h is None else draw(2, T, R, h)
+        inputs |= {"groups": torch.randint(0, groups, (2, T, R), dtype=dtype), "n_groups": groups} if groups else {}
+        yield Case(f"T{T} N{N} d{d} h{h} groups{groups} {dtype}", inputs)
 
 
 CASES: dict[str, Callable[[int], Iterator[Case]]] = {
@@ -101,8 +129,10 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "delta_rule": delta_rule,
     "gated_linear": gated_linear,
     "product_key_topk": product_key_topk,
+    "row_dot": row_dot,
     "short_conv": short_conv,
     "taylor_attention": taylor_attention,
+    "tucker_topk": tucker_topk,
     "weighted_bag": weighted_bag,
 }
 FAST = [(op, impl) for op in OPS for impl in OPS[op].IMPLEMENTATIONS if impl != "reference" and not OPS[op].why_not(impl, "cpu", torch.float64)]
@@ -248,10 +278,12 @@ COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T
     "attention": ((65, 3), (65, 6), (130, 4), (1, 4)),
     "delta_rule": ((65, 15), (65, 0), (1, 4)),
     "gated_linear": ((65, 4), (65, 0), (1, 4)),
-    "product_key_topk": ((2, 0),),
+    "product_key_topk": ((2, 0), (2, 5)),
+    "row_dot": ((2, 0),),
     "short_conv": ((65, 4), (1, 4)),
     "taylor_attention": ((65, 3), (65, 0), (1, 3)),
-    "weighted_bag": ((2, 0),),
+    "tucker_topk": ((2, 1), (65, 4)),
+    "weighted_bag": ((2, 0), (65, 5), (2, 4)),
 }
 
 

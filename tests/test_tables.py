@@ -30,7 +30,7 @@ def pools_for(config):
     name = getattr(config, "pool", None)
     if name is None:
         return {}
-    pool = ValuePool(config.keys**2, DIM)
+    pool = ValuePool(*config.pool_size(DIM))
     with torch.no_grad():
         pool.init_(torch.Generator().manual_seed(3))
     return {name: pool.to(F64)}
@@ -81,7 +81,7 @@ def test_counts_are_exact(family, kind, i, config):
     module = built(family, config)
     inner = sum(p.numel() for p in module.inner.parameters()) if family == "wrapper" else 0
     assert config.num_params(DIM) == sum(p.numel() for p in module.parameters()) - inner
-    assert 0 <= config.active_params(DIM) <= config.num_params(DIM) + (DIM * pools_for(config)["facts"].rows if pools_for(config) else 0)
+    assert 0 <= config.active_params(DIM) <= config.num_params(DIM) + sum(pool.table.numel() for pool in pools_for(config).values())
 
 
 @example

@@ -163,11 +163,13 @@ def stack(seed: int) -> LMConfig:
         blocks.append({"mixer": mixer, "ffn": ffn})
         parts["ABCD"[i]] = {"mixer": encode(mixer), "ffn": encode(ffn) if ffn else None}
     readable = [i for i, b in enumerate(blocks) if b["ffn"]]
-    branches = []
+    branches, aside = [], None
     if readable and rng.random() < 0.5:
         reads = rng.choice(readable)
-        branches = [{"reads": reads, "adds": rng.randrange(reads, layers), "layer": encode(rng.choice(channels))}]
-    used = [c.get("pool") for c in [*(p["ffn"] or {} for p in parts.values()), *(b["layer"] for b in branches)]]
+        adds, aside = rng.randrange(reads, layers), rng.choice(channels)
+        branches = [{"reads": reads, "adds": adds, "layer": encode(aside)}]
+    named = [c for c in (*(b["ffn"] for b in blocks), aside) if getattr(c, "pool", None)]
+    pools = {c.pool: dict(zip(("rows", "width"), c.pool_size(DIM), strict=True)) for c in named}
     wrap = []
     if rng.random() < 0.4:
         wrap = [encode(rng.choice([c for table in WRAPPERS.values() for c in table.examples()]))]
@@ -177,7 +179,7 @@ def stack(seed: int) -> LMConfig:
         "layers": layers,
         "pattern": "ABCD"[:layers],
         "parts": parts,
-        "pools": {"facts": {"rows": 64}} if "facts" in used else {},
+        "pools": pools,
         "branches": branches,
         "wrap": wrap,
         "tie": rng.random() < 0.5,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memarch.kernels import attention, delta_rule, flops, gated_linear, product_key_topk, short_conv, taylor_attention, weighted_bag
+from memarch.kernels import attention, delta_rule, flops, gated_linear, product_key_topk, row_dot, short_conv, taylor_attention, tucker_topk, weighted_bag
 from memarch.kernels.choose import Machine, known_bad, machine, using
 
 OPS = {
@@ -22,8 +22,10 @@ OPS = {
     "delta_rule": delta_rule,
     "gated_linear": gated_linear,
     "product_key_topk": product_key_topk,
+    "row_dot": row_dot,
     "short_conv": short_conv,
     "taylor_attention": taylor_attention,
+    "tucker_topk": tucker_topk,
     "weighted_bag": weighted_bag,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

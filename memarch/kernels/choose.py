@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 Version = tuple[int, ...]
+NOT_BUILT = "not built: run memarch warmup"
 
 
 class Machine(NamedTuple):
@@ -24,6 +25,7 @@ class Machine(NamedTuple):
     capability: tuple[int, int] | None = None  # compute capability of the CUDA device
     flash: str | None = "flash-attn needs a CUDA device"  # why flash-attn cannot be used, or None when it can
     interpreted: bool = False  # TRITON_INTERPRET=1: Triton kernels run on a CPU, slowly and only when forced
+    cpp: str | None = NOT_BUILT  # why the C++ kernels for the CPU cannot be used, or None when they can
 
 
 class Choice(NamedTuple):
@@ -37,10 +39,12 @@ _forced: dict[str, str] = {}  # op name, or "*" for every op -> implementation
 
 
 def machine(device_type: str) -> Machine:
-    """The facts about this machine, gathered once. Only a CUDA device has any that matter, and Triton's interpreter, which is for tests."""
+    """The facts about this machine. Those of a CUDA device are gathered once; a CPU has Triton's interpreter, which is for tests, and our C++."""
     if device_type == "cuda":
         return _look()
-    return Machine(interpreted=True) if _interpreted() else NO_GPU
+    from memarch.kernels import native
+
+    return Machine(interpreted=_interpreted(), cpp=native.why_not())
 
 
 def _look() -> Machine:

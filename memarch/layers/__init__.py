@@ -17,6 +17,7 @@ from memarch.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from memarch.layers.moe import MoE, MoEConfig
 from memarch.layers.mom import MoM, MoMConfig
 from memarch.layers.parts.pool import PoolConfig, ValuePool
+from memarch.layers.peer import PEER, PEERConfig
 from memarch.layers.product_key import PKM, PKMConfig
 from memarch.layers.retnet import RetNet, RetNetConfig
 from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
@@ -42,6 +43,7 @@ CHANNELS = {
     "memory_former": MemoryFormerConfig,
     "memory_plus": MemoryPlusConfig,
     "moe": MoEConfig,
+    "peer": PEERConfig,
     "pkm": PKMConfig,
     "swiglu": SwiGLUConfig,
 }
@@ -53,6 +55,7 @@ __all__ = [
     "CHANNELS",
     "GLA",
     "MIXERS",
+    "PEER",
     "PKM",
     "Attention",
     "AttentionConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "MoEConfig",
     "MoM",
     "MoMConfig",
+    "PEERConfig",
     "PKMConfig",
     "PoolConfig",
     "RetNet",

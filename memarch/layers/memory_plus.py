@@ -9,6 +9,7 @@ scores of small models with large tables from saturating; its form is not printe
     H heads   n sub-keys an axis   k rows a head   V value width
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -57,8 +58,11 @@ class MemoryPlusConfig(LayerConfig):
         query, value = self.widths(dim)
         return ProductKeys.size(dim, self.heads, self.keys, query, self.norm()) + (1 + self.gate) * dim * value
 
+    def pool_size(self, dim: int) -> tuple[int, int]:
+        return self.keys**2, self.widths(dim)[1]
+
     def num_params(self, dim: int) -> int:
-        return self._dense(dim) + (self.keys**2 * self.widths(dim)[1] if self.pool is None else 0)
+        return self._dense(dim) + (math.prod(self.pool_size(dim)) if self.pool is None else 0)
 
     def active_params(self, dim: int) -> int:
         return self._dense(dim) + self.heads * self.topk * self.widths(dim)[1]
@@ -76,7 +80,7 @@ class MemoryPlus(ProductKeys):
     def __init__(self, cfg: MemoryPlusConfig, dim: int, pools: Mapping[str, nn.Module]):
         query, value = cfg.widths(dim)
         super().__init__(dim, cfg.heads, cfg.keys, cfg.topk, query, cfg.norm())
-        self.values: ValuePool | Borrowed = claim(cfg.pool, cfg.keys**2, value, pools)
+        self.values: ValuePool | Borrowed = claim(cfg.pool, *cfg.pool_size(dim), pools)
         self.gate = Linear(dim, value) if cfg.gate else None
         self.out = Linear(value, dim)
 

@@ -45,6 +45,9 @@ class PKMConfig(LayerConfig):
     def _dense(self, dim: int) -> int:
         return ProductKeys.size(dim, self.heads, self.keys, self.query_dim, self.query_norm)
 
+    def pool_size(self, dim: int) -> tuple[int, int]:
+        return self.keys**2, dim
+
     def num_params(self, dim: int) -> int:
         return self._dense(dim) + (self.keys**2 * dim if self.pool is None else 0)
 
@@ -63,7 +66,7 @@ class PKMConfig(LayerConfig):
 class PKM(ProductKeys):
     def __init__(self, cfg: PKMConfig, dim: int, pools: Mapping[str, nn.Module]):
         super().__init__(dim, cfg.heads, cfg.keys, cfg.topk, cfg.query_dim, cfg.query_norm)
-        self.values: ValuePool | Borrowed = claim(cfg.pool, cfg.keys**2, dim, pools)
+        self.values: ValuePool | Borrowed = claim(cfg.pool, *cfg.pool_size(dim), pools)
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         self.init_keys_(generator)

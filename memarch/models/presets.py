@@ -127,6 +127,7 @@ PRESETS: dict[str, Preset] = {
         "hybrid-tiny",
         {"parts.W.ffn": {"kind": "moe", "experts": 4, "hidden": 64}},
     ),
+    "peer-tiny": Preset("memory", "He 2024, arXiv 2407.04153", "hybrid-tiny", {"parts.W.ffn": {"kind": "peer", "keys": 32, "heads": 2, "topk": 8}}),
     "pkm-tiny": Preset(
         "memory",
         "Lample et al. 2019, arXiv 1907.05242",

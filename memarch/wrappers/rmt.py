@@ -52,7 +52,7 @@ class RMTMemory(NamedTuple):
 
 class RMT(SegmentWrapper):
     def __init__(self, cfg: RMTConfig, inner: SequenceMixer, dim: int):
-        super().__init__(inner, cfg.segment, 2 * cfg.memory, dim)
+        super().__init__(inner, cfg.segment, 2 * cfg.memory)
         self.first = nn.Parameter(torch.empty(cfg.memory, dim))
 
     def init_(self, depth: int, generator: torch.Generator) -> None:

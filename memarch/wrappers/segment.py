@@ -25,11 +25,10 @@ class SegmentState(NamedTuple):
 class SegmentWrapper(SequenceMixer):
     """`open` makes the inner state a segment begins with; `close` makes the memory that a finished one leaves."""
 
-    def __init__(self, inner: SequenceMixer, size: int, extra: int, dim: int):
+    def __init__(self, inner: SequenceMixer, size: int, extra: int):
         super().__init__()
         self.inner, self.size = inner, size
         self.bound = size + extra  # tokens the inner mixer ever sees from its start to its end
-        self.growing = states.growing(inner, dim)
 
     def memory(self, batch: int) -> State:
         """The memory before the first segment."""
@@ -76,13 +75,14 @@ class SegmentWrapper(SequenceMixer):
                 done, place = done + take, place + take
                 finished = place == self.size
                 place = torch.where(finished, 0, place)
+            grew = states.grew(inner, h.state)
             inner = h.state
             for name, value in h.aux.items():
                 aux[name] = aux.get(name, 0.0) + value * share
             if aligned and (i + 1) * self.size > T:
                 break  # the last segment is unfinished
             inner, memory = self._turn(inner, memory, finished)
-            inner = states.trim(inner, self.growing, self.bound)
+            inner = states.trim(inner, grew, self.bound)
         return Mixed(torch.cat(pieces, 1) if aligned else y, SegmentState(inner, memory, place), aux)
 
     def _turn(self, inner: State, memory: State, finished: Tensor | None) -> tuple[State, State]:

@@ -1,30 +1,84 @@
-"""The k best of each axis, then the pairs that can still win."""
+"""The k best of each axis, then of the pairs that can still win.
+
+topk takes any of equal scores. On a CPU a row of scores with such a tie among its best is searched again, for ties are rare; elsewhere, where
+looking would mean waiting, every row is searched that way: as whole numbers that cannot be equal, the score's bits, made to grow with the
+score, above the bits of the id, made to fall with it. One topk of these gives scores, ids and the order of ties.
+
+    n sub-keys an axis   k pairs kept   Q searches   P pairs that can win
+"""
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from memarch.kernels.product_key_topk.operator import define, refuse_nan
 
-def product_key_topk(s1: Tensor, s2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    n = s1.shape[-1]
-    i, j = _best(s1, k), _best(s2, k)  # [..., k] indices, best first
-    a, b = _ranks(k)  # [P]
-    a, b = a.to(s1.device), b.to(s1.device)
-    ids = i[..., a] * n + j[..., b]  # [..., P]
-    with torch.no_grad():
-        pairs = s1.gather(-1, i)[..., a] + s2.gather(-1, j)[..., b]
-        # Equal scores must come out in the order of their ids, so the pairs are put in that order and sorted stably.
-        by_id = ids.argsort(-1)
-        best = by_id.gather(-1, pairs.gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices[..., :k])
-    ids = ids.gather(-1, best)
-    return s1.gather(-1, ids // n) + s2.gather(-1, ids % n), ids
+WIDEST = 2**16  # sub-keys: ids of pairs then have 32 bits, as scores have
+LOW = 2**32 - 1
+CHUNK = 2**18  # scores searched at a time: their keys stay in the cache
 
 
-def _best(s: Tensor, k: int) -> Tensor:
-    """A stable sort and not topk: among equal scores topk takes any, and the k best pairs would then depend on the device."""
-    return s.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+def pack(scores: Tensor, ids: Tensor) -> Tensor:
+    """Keys in int64: a greater score is greater, and among equal scores a smaller id is."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (LOW - ids)
 
 
-def _ranks(k: int) -> tuple[Tensor, Tensor]:
+def unpack(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).to(dtype), LOW - (keys & LOW)
+
+
+def best(scores: Tensor, ids: Tensor, k: int, bits: int = 32) -> tuple[Tensor, Tensor]:
+    """scores [Q, m], ids [m] or [Q, m] of so many bits -> the k best scores and their ids, best first, ties to the lowest id."""
+    ids = ids.expand_as(scores)
+    if scores.device.type != "cpu":
+        return best_of_ties(scores, ids, k, bits)
+    values, at = scores.topk(k)
+    found = ids.gather(1, at)
+    next_best = scores.scatter(1, at, -torch.inf).amax(1, keepdim=True)
+    tied = (torch.cat([values[:, 1:], next_best], 1) == values).any(1)
+    if tied.any():
+        values[tied], found[tied] = best_of_ties(scores[tied], ids[tied], k, bits)
+    return values, found
+
+
+def best_of_ties(scores: Tensor, ids: Tensor, k: int, bits: int = 32) -> tuple[Tensor, Tensor]:
+    if scores.dtype != torch.float64 and bits <= 32:
+        return unpack(pack(scores, ids).topk(k).values, scores.dtype)
+    by_id = ids.argsort(-1)
+    order = by_id.gather(-1, scores.gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices[:, :k])
+    return scores.gather(-1, order), ids.gather(-1, order)
+
+
+def search(s1: Tensor, s2: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    (Q, n), step = s1.shape, max(1, CHUNK // s1.shape[1])
+    scores, ids = s1.new_empty(Q, k), s1.new_empty(Q, k, dtype=torch.int64)
+    axis, (a, b) = torch.arange(n, device=s1.device), (x.to(s1.device) for x in ranks(k))
+    bits = 32 if n <= WIDEST else 64
+    for q in range(0, Q, step):
+        x1, x2 = s1[q : q + step], s2[q : q + step]
+        (t1, i), (t2, j) = best(x1, axis, k), best(x2, axis, k)
+        on_cpu = s1.device.type == "cpu"  # where topk counts NaN as the greatest; keys of NaN can be the least
+        refuse_nan("product_key_topk", *((t1[:, 0], t2[:, 0]) if on_cpu else (x1, x2)))
+        pairs = t1.index_select(1, a).add_(t2.index_select(1, b))  # [q, P]
+        scores[q : q + step], ids[q : q + step] = best(pairs, (i * n).index_select(1, a).add_(j.index_select(1, b)), k, bits)
+    return scores, ids
+
+
+@cache
+def ranks(k: int) -> tuple[Tensor, Tensor]:
     """Ranks (from 0) of the pairs that k others do not dominate: (a + 1)(b + 1) <= k."""
     pairs = [(a, b) for a in range(k) for b in range(k // (a + 1))]
     return torch.tensor([a for a, _ in pairs]), torch.tensor([b for _, b in pairs])
+
+
+def scatter(dscores: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    wide = dscores.to(torch.promote_types(dscores.dtype, torch.float32))
+    i, j = ids // n, ids % n
+    ds1, ds2 = (wide.new_zeros(ids.shape[0], n).scatter_add_(1, x, wide) for x in (i, j))
+    return ds1.to(dscores.dtype), ds2.to(dscores.dtype)
+
+
+product_key_topk = define("product_key_topk", search, scatter)

@@ -20,23 +20,23 @@ QueryNorm = Literal["layer", "half", "none"]
 
 
 class ProductKeys(ChannelMixer):
-    """The retrieval half of PKM and its descendants; they say what is done with the rows.
+    """The retrieval half of PKM and its descendants; they say what is done with the rows. Not `per_head`: all heads search the same sub-keys.
 
     norm "layer": a LayerNorm over all queries of a token. "half": queries and sub-keys have unit root mean square in each half, times a learned gain that
     starts at (Q/2)^(-1/4), so that a score starts with a spread of about 1."""
 
-    def __init__(self, dim: int, heads: int, keys: int, topk: int, query_dim: int, norm: QueryNorm):
+    def __init__(self, dim: int, heads: int, keys: int, topk: int, query_dim: int, norm: QueryNorm, per_head: bool = True):
         super().__init__()
         self.heads, self.topk, self.side = heads, topk, query_dim // 2
         self.query = Linear(dim, heads * query_dim, bias=True)
         self.norm = nn.LayerNorm(heads * query_dim) if norm == "layer" else None
-        self.keys = nn.Parameter(torch.empty(2, heads, keys, self.side))
+        self.keys = nn.Parameter(torch.empty(2, heads if per_head else 1, keys, self.side))
         self.gains = nn.Parameter(torch.empty(2, self.side)) if norm == "half" else None  # of queries, of sub-keys
 
     @staticmethod
-    def size(dim: int, heads: int, keys: int, query_dim: int, norm: QueryNorm) -> int:
+    def size(dim: int, heads: int, keys: int, query_dim: int, norm: QueryNorm, per_head: bool = True) -> int:
         width = heads * query_dim
-        return dim * width + width + width * keys + {"layer": 2 * width, "half": query_dim, "none": 0}[norm]
+        return dim * width + width + (width if per_head else query_dim) * keys + {"layer": 2 * width, "half": query_dim, "none": 0}[norm]
 
     def init_keys_(self, generator: torch.Generator) -> None:
         self.query.init_(generator)
@@ -56,7 +56,7 @@ class ProductKeys(ChannelMixer):
         keys = self.keys.to(wide)
         if self.gains is not None:
             q, keys = (nn.functional.rms_norm(y, [self.side], gain.to(wide), 1e-6) for y, gain in zip((q, keys), self.gains, strict=True))
-        s1, s2 = torch.einsum("bthaq,ahnq->abthn", q, keys).unbind(0)  # [B, T, H, n]
+        s1, s2 = torch.einsum("bthaq,ahnq->abthn", q, keys.expand(-1, self.heads, -1, -1)).unbind(0)  # [B, T, H, n]
         return product_key_topk(s1, s2, self.topk)
 
 
