@@ -47,6 +47,7 @@ PYTHON = {
     "a pattern that does not fit the depth": (lambda: model(pattern="AAA"), ["'AAA'", "3 letters", "layers is 2"]),
     "a letter without a part": (lambda: model(pattern="AB"), ["'AB'", "'B'", "Allowed: A"]),
     "a reader without a writer": (lambda: layer(kind="cross_attention", heads=2), ["block 0", "'kv'", "no block below writes"]),
+    "a pool named like a method": (lambda: model(pools={"values": {"rows": 9}}), ["'values'", "plain word"]),
     "an undeclared pool": (lambda: model(parts={"A": {"ffn": {"kind": "pkm", "pool": "facts"}}}), ["'facts'", "pools"]),
     "a pool of the wrong size": (
         lambda: model(parts={"A": {"ffn": {"kind": "pkm", "keys": 8, "topk": 2, "pool": "facts"}}}, pools={"facts": {"rows": 9}}),

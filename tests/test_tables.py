@@ -142,6 +142,7 @@ def test_every_kind_has_a_tiny_preset():
         config = create_model(name, device="meta").config
         blocks = [config.block(i) for i in range(config.layers)]
         used |= {layer.kind for b in blocks for layer in (b.mixer, b.ffn) if layer} | {w.kind for w in config.wrap}
+        used |= {branch.layer.kind for branch in config.branches}
     assert {kind for _, kind, _ in ENTRIES} <= used
 
 

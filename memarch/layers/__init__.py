@@ -22,6 +22,7 @@ from memarch.layers.product_key import PKM, PKMConfig
 from memarch.layers.retnet import RetNet, RetNetConfig
 from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
 from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
+from memarch.layers.ultramem import UltraMem, UltraMemConfig
 
 MIXERS = {
     "attention": AttentionConfig,
@@ -46,6 +47,7 @@ CHANNELS = {
     "peer": PEERConfig,
     "pkm": PKMConfig,
     "swiglu": SwiGLUConfig,
+    "ultramem": UltraMemConfig,
 }
 
 MixerConfig: Any = Union[tuple(MIXERS.values())]
@@ -95,5 +97,7 @@ __all__ = [
     "ShortConvMixer",
     "SwiGLU",
     "SwiGLUConfig",
+    "UltraMem",
+    "UltraMemConfig",
     "ValuePool",
 ]

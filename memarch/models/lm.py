@@ -66,6 +66,9 @@ class LMConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "vocab_size"):
             require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in self.pools:
+            free = name.isidentifier() and not hasattr(nn.ModuleDict, name)
+            require(free, f"pool {name!r}: a pool's name is a plain word, and this one is taken or none (as keys, values, items are). Choose another.")
         for letter in self.parts:
             require(len(letter) == 1, f"a part is named by one letter, got {letter!r}.")
         for letter in self.pattern:

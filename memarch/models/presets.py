@@ -134,6 +134,12 @@ PRESETS: dict[str, Preset] = {
         "hybrid-tiny",
         {"parts.W.ffn": {"kind": "pkm", "keys": 32, "heads": 2, "topk": 8, "query_dim": 32, "pool": "facts"}, "pools": {"facts": {"rows": 1024}}},
     ),
+    "ultramem-tiny": Preset(
+        "memory",
+        "Huang et al. 2025, arXiv 2411.12364",
+        "hybrid-tiny",
+        {"branches": [{"reads": 0, "adds": 1, "layer": {"kind": "ultramem", "keys": 32, "topk": 8}}]},
+    ),
     "rmt-tiny": Preset("segment", "Bulatov et al. 2022, arXiv 2207.06881", "transformer-tiny", {"wrap": [{"kind": "rmt", "segment": 32, "memory": 4}]}),
     "transformer-160m": Preset(
         "attention",

@@ -34,8 +34,8 @@ class ValuePool(nn.Module):
         self.rows, self.width = rows, width
         self.table = nn.Parameter(torch.empty(rows, width))
 
-    def init_(self, generator: torch.Generator) -> None:
-        normal_(self.table, 1 / math.sqrt(self.width), generator)
+    def init_(self, generator: torch.Generator, std: float | None = None) -> None:
+        normal_(self.table, std or 1 / math.sqrt(self.width), generator)
 
 
 class Borrowed:
