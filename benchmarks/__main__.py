@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import peers
-from benchmarks.cases import FIELDS, Case, cases, decoders, scaling
+from benchmarks import memory_cases, peers
+from benchmarks.cases import FIELDS, Case, decoders, scaling
+from benchmarks.cases import cases as linear_cases
 
 RESULTS = Path(__file__).parent / "results.csv"
 SCALING = Path(__file__).parent / "scaling.csv"
 DEVICE = f"cpu {platform.machine()}" + (", large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "")
 GROWTH = ("date", "commit", "op", "mode", "shape", "tokens", "ms", "exponent", "threads", "device", "torch")
+
+
+def cases() -> Iterator[Case]:
+    yield from linear_cases()
+    yield from memory_cases.cases()
 
 
 def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:

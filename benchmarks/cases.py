@@ -14,7 +14,6 @@ from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.gated_linear import gated_linear
 from memarch.kernels.short_conv import short_conv
 from memarch.kernels.taylor_attention import taylor_attention
-from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers import BasedConfig, GatedDeltaConfig, GLAConfig, Mamba2Config, MoMConfig
 
 
@@ -138,23 +137,12 @@ def window(T: int, w: int, B: int = 2, H: int = 4, D: int = 64) -> Case:
     return Case("attention", f"window={w} B={B} T={T} H={H} D={D} fp32", x, {"ours": lambda *x: attention(*x, window=w), "torch SDPA with a mask": masked})
 
 
-def bag(N: int, d: int, tokens: int = 4096, R: int = 32) -> Case:
-    ids = torch.randint(0, N, (tokens, R), generator=torch.Generator().manual_seed(0))
-    return Case(
-        "weighted_bag",
-        f"N={N} d={d} tokens={tokens} R={R} uniform fp32",
-        [draw(N, d), draw(tokens, R)],
-        {"ours": lambda t, w: weighted_bag(t, ids, w), "torch gather and einsum": lambda t, w: torch.einsum("tr,trd->td", w, t[ids])},
-    )
-
-
 def cases() -> Iterator[Case]:
     for T in (1024, 4096):
         yield from (case(T) for case in (delta, delta_ungated, decay_only, plain_linear, vector_decay, taylor))
         yield from (mixture(T, M, shared) for M, shared in ((4, True), (4, False), (16, False)))
     yield from (conv(*shape) for shape in ((2, 1024, 256), (2, 4096, 256), (4, 1024, 1024)))
     yield from (window(*shape) for shape in ((1024, 64), (4096, 64), (4096, 256)))
-    yield from (bag(*shape) for shape in ((65536, 256),))
 
 
 FIELDS: Any = ("date", "commit", "op", "mode", "shape", "provider", "ms", "ms_p20", "ms_p80", "times_ours", "runs", "threads", "device", "torch")

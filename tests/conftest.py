@@ -1,5 +1,7 @@
 import os
+import tempfile
 
+os.environ["MEMARCH_CACHE"] = tempfile.mkdtemp(prefix="memarch-tests-")  # a native library that the user has built would be picked
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

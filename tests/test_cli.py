@@ -198,6 +198,19 @@ def test_doctor_names_a_known_bad_pair(capsys, monkeypatch):
     assert "known bad" not in call(capsys, "doctor")[1]
 
 
+def test_warmup_says_what_is_there_and_builds_it(capsys, monkeypatch, tmp_path):
+    from memarch.kernels import native
+
+    monkeypatch.setenv("MEMARCH_CACHE", str(tmp_path))
+    native._state.cache_clear()
+    assert call(capsys, "warmup", "--print")[:2] == (0, "C++ kernels: not built: run memarch warmup\n")
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    native._state.cache_clear()
+    status, out, _ = call(capsys, "warmup")
+    assert status == 1 and "no C++ compiler" in out and "g++" in out
+    native._state.cache_clear()
+
+
 def test_doctor_names_a_broken_build(monkeypatch, tmp_path):
     (tmp_path / "mamba_ssm.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -6,10 +6,39 @@ import pytest
 import torch
 from torch import Tensor
 
+import test_kernels_ops as ops
+from memarch.kernels import native
 from memarch.kernels.product_key_topk import product_key_topk
-from memarch.kernels.tucker_topk import cell_scores, principal, torch_impl, tucker_topk
+from memarch.kernels.tucker_topk import cell_scores, cpp_impl, principal, torch_impl, tucker_topk
 
-IMPLS = ["reference", "torch"]
+
+@pytest.fixture(autouse=True)
+def _library(pytestconfig, monkeypatch):
+    """The library is built into pytest's cache, once per source, and is nobody else's choice."""
+    monkeypatch.setenv("MEMARCH_CACHE", str(pytestconfig.cache.mkdir("native")))
+    native._state.cache_clear()
+    yield
+    native._state.cache_clear()
+
+
+@pytest.fixture(params=["reference", "torch", "cpp"])
+def impl(request):
+    if request.param == "cpp" and native.why_not() not in (None, native.NOT_BUILT):
+        pytest.skip(native.why_not())
+    return request.param
+
+
+poison = ops.poison
+
+
+def test_cpp_equals_reference(poison):
+    """The sweep of every other implementation."""
+    if native.why_not() not in (None, native.NOT_BUILT):
+        pytest.skip(native.why_not())
+    ops.test_equals_reference("tucker_topk", "cpp")
+    ops.test_reads_nothing_it_did_not_write("tucker_topk", "cpp", None)
+    ops.test_outputs_own_their_memory("tucker_topk", "cpp")
+    ops.test_inputs_are_left_alone("tucker_topk", "cpp")
 
 
 def draw(*shape: int) -> Tensor:
@@ -28,7 +57,6 @@ def spectrum(ratio: float, r: int = 2) -> Tensor:
     return q @ torch.diag(torch.tensor([1.0] + [ratio] * (r - 1), dtype=torch.float64)) @ p
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("r, n", [(1, 5), (2, 9), (3, 7)])
 def test_no_filter_at_k_equal_n(impl, r, n):
     """The n best of all n^2 cells, whatever the core."""
@@ -39,7 +67,6 @@ def test_no_filter_at_k_equal_n(impl, r, n):
     torch.testing.assert_close(scores, truth.values, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_scores_are_those_of_the_whole_core(impl):
     s1, s2, core = draw(5, 2, 50), draw(5, 2, 50), draw(2, 2)
     scores, ids = tucker_topk(s1, s2, core, *principal(core), 8, impl=impl)
@@ -126,7 +153,6 @@ def test_principal_is_outside_the_graph():
     assert not [node for node in seen if "svd" in node.name().lower()]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_ties_go_to_the_lowest_id(impl):
     core = torch.ones(1, 1, dtype=torch.float64)
     for k in range(1, 6):
@@ -138,28 +164,30 @@ def test_ties_go_to_the_lowest_id(impl):
             assert (scores[q].tolist(), ids[q].tolist()) == ([-score for score, _ in cells], [id for _, id in cells])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck(impl):
     s1, s2, core = (x.requires_grad_() for x in (draw(2, 2, 2, 6), draw(2, 2, 2, 6), draw(2, 2, 2)))
     u, v = principal(core)
     assert torch.autograd.gradcheck(lambda *x: tucker_topk(*x, u, v, 3, impl=impl)[0], (s1, s2, core))
 
 
-def test_scores_are_sorted_to_the_bit():
-    """Found cells are scored by the same arithmetic as the grid they were found in."""
+@pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
+def test_float32(impl):
+    """Sorted, ties in order, and each score as exact as float32 is; whether found among many rows or few."""
     s1, s2, core = torch.randn(300, 2, 3, 64), torch.randn(300, 2, 3, 64), torch.randn(2, 3, 3)
-    scores, ids = tucker_topk(s1, s2, core, *principal(core), 32)
+    scores, ids = tucker_topk(s1, s2, core, *principal(core), 32, impl=impl)
     assert (scores[..., 1:] <= scores[..., :-1]).all()
     tied = scores[..., 1:] == scores[..., :-1]
     assert (ids[..., 1:] > ids[..., :-1])[tied].all()
+    torch.testing.assert_close(scores.double(), cell_scores(s1.double(), s2.double(), core.double(), ids), rtol=1e-5, atol=1e-5)
 
 
-def test_opcheck():
-    core = draw(2, 2, 2)
-    torch.library.opcheck(torch_impl.search_operator, (draw(3, 2, 2, 9), draw(3, 2, 2, 9), core, *principal(core), 4))
+@pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
+def test_opcheck(impl):
+    s1, s2, core = (x.requires_grad_() for x in (draw(3, 2, 2, 9), draw(3, 2, 2, 9), draw(2, 2, 2)))
+    operator = (torch_impl if impl == "torch" else cpp_impl).tucker_topk.operator
+    torch.library.opcheck(operator, (s1, s2, core, *principal(core), 4))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_bad_input(impl):
     s, core = torch.randn(3, 2, 9), torch.ones(2, 2)
     u, v = principal(core)

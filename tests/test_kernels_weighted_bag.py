@@ -146,6 +146,15 @@ def test_dtypes(impl, table, weights):
         assert ops.rms(a.double() - b) <= allowed * ops.rms(b)
 
 
+def test_float16():
+    """C++ leaves it to torch."""
+    x = example(d=64, R=50, h=2, E=3, dtype=torch.float16)
+    with pytest.raises(ValueError, match="float32, bfloat16, float64, not float16: use torch"):
+        weighted_bag(**x, impl="cpp")
+    for a, b in zip(gradients(x, "torch"), gradients(x, "reference"), strict=True):
+        assert ops.rms((a - b).double()) <= 2e-3 * ops.rms(b.double())
+
+
 def test_int32_ids_are_int64_ids(impl):
     x = example(h=2, E=3)
     narrow = x | {"ids": x["ids"].int(), "groups": x["groups"].int()}

@@ -43,7 +43,8 @@ def compiler() -> str | None:
 @functools.cache
 def _key() -> str:
     """Of what the library is made and for which CPU."""
-    made_of = [" ".join(FLAGS), str(compiler()), platform.machine(), _cpu(), *(path.read_text() for path in sources())]
+    text = sorted({*sources(), *Path(__file__).parent.glob("*/*.h")})
+    made_of = [" ".join(FLAGS), str(compiler()), platform.machine(), _cpu(), *(path.read_text() for path in text)]
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
 

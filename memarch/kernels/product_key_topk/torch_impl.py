@@ -17,6 +17,7 @@ from memarch.kernels.product_key_topk.operator import define, refuse_nan
 WIDEST = 2**16  # sub-keys: ids of pairs then have 32 bits, as scores have
 LOW = 2**32 - 1
 CHUNK = 2**18  # scores searched at a time: their keys stay in the cache
+FEW = 2**11  # scores that are sorted sooner than the calls are made which save sorting them: one token
 
 
 def pack(scores: Tensor, ids: Tensor) -> Tensor:
@@ -33,6 +34,8 @@ def unpack(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def best(scores: Tensor, ids: Tensor, k: int, bits: int = 32) -> tuple[Tensor, Tensor]:
     """scores [Q, m], ids [m] or [Q, m] of so many bits -> the k best scores and their ids, best first, ties to the lowest id."""
     ids = ids.expand_as(scores)
+    if scores.numel() <= FEW:
+        return by_sorting(scores, ids, k)
     if scores.device.type != "cpu":
         return best_of_ties(scores, ids, k, bits)
     values, at = scores.topk(k)
@@ -47,9 +50,13 @@ def best(scores: Tensor, ids: Tensor, k: int, bits: int = 32) -> tuple[Tensor, T
 def best_of_ties(scores: Tensor, ids: Tensor, k: int, bits: int = 32) -> tuple[Tensor, Tensor]:
     if scores.dtype != torch.float64 and bits <= 32:
         return unpack(pack(scores, ids).topk(k).values, scores.dtype)
-    by_id = ids.argsort(-1)
-    order = by_id.gather(-1, scores.gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices[:, :k])
-    return scores.gather(-1, order), ids.gather(-1, order)
+    return by_sorting(scores, ids, k)
+
+
+def by_sorting(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ids, by_id = ids.sort(-1)
+    values, order = scores.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], ids.gather(-1, order[:, :k])
 
 
 def search(s1: Tensor, s2: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,7 @@ def search(s1: Tensor, s2: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def ranks(k: int) -> tuple[Tensor, Tensor]:
     """Ranks (from 0) of the pairs that k others do not dominate: (a + 1)(b + 1) <= k."""
     pairs = [(a, b) for a in range(k) for b in range(k // (a + 1))]
-    return torch.tensor([a for a, _ in pairs]), torch.tensor([b for _, b in pairs])
+    return torch.tensor([a for a, _ in pairs], device="cpu"), torch.tensor([b for _, b in pairs], device="cpu")
 
 
 def scatter(dscores: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -13,22 +13,28 @@ their ids, and among them the lowest are kept; likewise in the filters. The grad
 import torch
 from torch import Tensor
 
+from memarch.kernels import native
 from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
-from memarch.kernels.tucker_topk import reference, torch_impl
-from memarch.kernels.tucker_topk.torch_impl import cell_scores
+from memarch.kernels.product_key_topk.torch_impl import WIDEST
+from memarch.kernels.tucker_topk import cpp_impl, operator, reference, torch_impl
 
 __all__ = ["FLOPS", "IMPLEMENTATIONS", "cell_scores", "pick", "principal", "tucker_topk", "why_not"]
 
-IMPLEMENTATIONS = {"reference": reference.tucker_topk, "torch": torch_impl.tucker_topk}
-FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "axis top-k by the filters, then all kept cells: the product path without a GPU"),)
+IMPLEMENTATIONS = {"reference": reference.tucker_topk, "torch": torch_impl.tucker_topk, "cpp": cpp_impl.tucker_topk}
+FLOPS = operator.FLOPS
+ORDER = (
+    ("cpp", "C++: filters, cells and searches in one pass, one query at a time"),
+    ("torch", "axis top-k by the filters, then all kept cells: the product path without a GPU"),
+)
 NOISE = 1e-5  # of a singular vector in float32
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"scores must be floating point, they are {dtype}"
-    return None
+    if name == "cpp" and n > WIDEST:
+        return f"it takes up to {WIDEST} sub-keys an axis, not {n}: use torch"
+    return native.cannot(device_type, dtype, here, (torch.float32, torch.float64)) if name == "cpp" else None
 
 
 def pick(device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> Choice:
@@ -41,11 +47,18 @@ def tucker_topk(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: i
     _check(s1, s2, core, u, v, k)
     n, lead, heads = s1.shape[-1], s1.shape[:-2], core.shape[:-2]
     here, shape = machine(s1.device.type), (s1.device.type, s1.dtype, n, k)
-    name = settle("tucker_topk", IMPLEMENTATIONS, impl, lambda m: why_not(m, *shape, here), lambda: pick(*shape, here))
+    name = settle("tucker_topk", IMPLEMENTATIONS, impl, lambda m: why_not(m, *shape, native.buildable(here)), lambda: pick(*shape, here))
     Q, H, r = lead[: len(lead) - len(heads)].numel(), heads.numel(), s1.shape[-2]
     flat = s1.reshape(Q, H, r, n), s2.reshape(Q, H, r, n), core.reshape(H, r, r), u.reshape(H, r), v.reshape(H, r)
     scores, ids = IMPLEMENTATIONS[name](*flat, k)  # [Q, H, k]
     return scores.view(*lead, k), ids.view(*lead, k)
+
+
+def cell_scores(s1: Tensor, s2: Tensor, core: Tensor, ids: Tensor) -> Tensor:
+    """s1, s2 [..., H, r, n], core [H, r, r], ids [..., H, k] -> the scores of these cells [..., H, k]. With several cores that share a search,
+    each core's own scores."""
+    n = s1.shape[-1]
+    return (operator.columns(s1, ids // n) * (core.to(s1.dtype) @ operator.columns(s2, ids % n))).sum(-2)
 
 
 @torch.no_grad()

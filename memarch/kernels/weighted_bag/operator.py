@@ -22,13 +22,14 @@ def check_ids(table: Tensor, ids: Tensor, groups: Maybe, n_groups: int) -> None:
     for what, x, most in (("id", ids, table.shape[0]), ("group", groups, n_groups)):
         if x is None or not x.numel():
             continue
-        low, high = x.aminmax()
         owner = f"the table has {most} rows" if what == "id" else f"there are {most} groups"
+        low, high = x.aminmax()
         if x.device.type != "cpu":
-            torch._assert_async((low >= 0) & (high < most), f"weighted_bag: an {what} lies outside 0 .. {most - 1}: {owner}")
-        elif low < 0 or high >= most:
-            worst = int(low if low < 0 else high)
-            raise ValueError(f"weighted_bag: {what} {worst} lies outside 0 .. {most - 1}: {owner}")
+            torch._assert_async((low >= 0) & (high < most), f"weighted_bag: {what}s lie outside 0 .. {most - 1}: {owner}")
+            continue
+        least, greatest = int(low), int(high)
+        if least < 0 or greatest >= most:
+            raise ValueError(f"weighted_bag: {what} {least if least < 0 else greatest} lies outside 0 .. {most - 1}: {owner}")
 
 
 def define(name: str, forward: Forward, backward: Backward) -> Forward:
