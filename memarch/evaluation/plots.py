@@ -88,10 +88,13 @@ def colours(n: int, ordered: bool) -> list[Any]:
 
 
 def draw_lines(ax: Axes, lines: Sequence[Line], x: str, y: str, *, ordered: bool = False, log: bool = True) -> None:
-    """Lines with error bars, each named at its right end. Lines with single runs stand a little beside each other, or bars would hide bars."""
+    """Lines with error bars, each named at its right end. Where lines with single runs have places in common they stand a little beside each
+    other, or bars would hide bars."""
     share = y.endswith("accuracy")
+    places = [v for line in lines for v in line.x]
+    beside = any(line.dots for line in lines) and len(set(places)) < len(places)
     for i, (line, colour, mark) in enumerate(zip(lines, colours(len(lines), ordered), MARKS * len(lines), strict=False)):
-        aside = 2.5 * (i - (len(lines) - 1) / 2) if any(other.dots for other in lines) else 0.0  # points
+        aside = 2.5 * (i - (len(lines) - 1) / 2) if beside else 0.0  # points
         place = ax.transData + ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
         below = [0.0 if e is None else min(e, v) if share else e for e, v in zip(line.error, line.y, strict=True)]  # a share ends at 0 and 1
         above = [0.0 if e is None else min(e, 1 - v) if share else e for e, v in zip(line.error, line.y, strict=True)]
