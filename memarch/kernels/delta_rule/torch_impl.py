@@ -73,12 +73,17 @@ class Local(NamedTuple):
     write: Tensor  # e^{G_C - G} K
 
 
-def local(N: int, part: slice, dtype: torch.dtype, lengths: Maybe, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe) -> Local:
-    q, k, v, beta, g = (cut(x, N, part, dtype, lengths) for x in (q, k, v, beta, g))
-    D, grow, fade, last = decay(g, k)
+def local(
+    N: int, part: slice, keep: bool, like: Tensor, masks: tuple[Tensor, Tensor, Tensor], lengths: Maybe, q: Tensor, k: Tensor, v: Tensor, beta: Maybe, g: Maybe
+) -> Local:
+    q, k, v, beta, g = (cut(x, N, part, like.dtype, lengths) for x in (q, k, v, beta, g))
+    D, grow, fade, last = decay(g, *masks)
     A = torch.bmm(q, k.mT).mul_(D)
-    scaled = (q, k, k) if g is None else (q * grow, k * grow, k * fade)
-    return Local(q, k, v, beta, D, grow, fade, last, A, *scaled)
+    read, erase, write = q, k, k
+    if g is not None:  # what will not be asked for again is scaled where it stands
+        erase = k if beta is None else k * grow
+        read, write = q * grow if keep else q.mul_(grow), k * fade if keep or beta is not None else k.mul_(fade)
+    return Local(q, k, v, beta, D, grow, fade, last, A, read, erase, write)
 
 
 @exact
@@ -92,9 +97,9 @@ def chunked(
     S = torch.zeros(X, K, V, dtype=dtype, device=v.device) if state is None else state.to(dtype).reshape(X, K, V)
     states, inverse = S.new_empty((N, X, K, V) if save else 0), S.new_empty((N, X, C, C) if save and beta is not None else 0)
     o = v.new_empty(B, N * C, H, V)
-    inputs = padded(N * C, q, k, v, beta, g)
+    inputs, masks = padded(N * C, q, k, v, beta, g), triangles(C, S)
     for part in groups(N, C, X):
-        c = local(N, part, dtype, lengths, *inputs)
+        c = local(N, part, False, S, masks, lengths, *inputs)
         if beta is not None:
             M = invert(torch.bmm(c.k, c.k.mT).mul_(c.D).mul_(c.beta))
         out = torch.empty_like(c.v)
@@ -121,9 +126,9 @@ def chunked_backward(
     dS = dstate.reshape(X, K, V)
     dq, dk, dv = (x.new_empty(B, N * C, H, x.shape[-1]) for x in (q, k, v))
     dbeta, dg = (q.new_empty(0) if x is None else x.new_empty(B, N * C, H, 1) for x in (beta, g))
-    do, *inputs = padded(N * C, do, q, k, v, beta, g)
+    (do, *inputs), masks = padded(N * C, do, q, k, v, beta, g), triangles(C, dS)
     for part in reversed(list(groups(N, C, X))):
-        c, dO = local(N, part, dS.dtype, lengths, *inputs), cut(do, N, part, dS.dtype, lengths)
+        c, dO = local(N, part, True, dS, masks, lengths, *inputs), cut(do, N, part, dS.dtype, lengths)
         S = states[part].flatten(0, 1)  # [n X, K, V]
         U = c.v
         if beta is not None:
@@ -187,12 +192,16 @@ def grid(T: int, K: int, V: int) -> tuple[int, int]:
     return N, (T + N - 1) // N
 
 
-def decay(g: Maybe, k: Tensor) -> tuple[Tensor, Any, Any, Any]:
+def triangles(C: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ones on and below the diagonal; below it only; minus infinity above it."""
+    lower = like.new_ones(C, C).tril()
+    return lower, lower.tril(-1), like.new_full((C, C), -torch.inf).triu(1)
+
+
+def decay(g: Maybe, lower: Tensor, below: Tensor, future: Tensor) -> tuple[Tensor, Any, Any, Any]:
     """-> D, e^G, e^{G_C - G}, e^{G_C} as in `Local`."""
-    C = k.shape[-2]
     if g is None:
-        return k.new_ones(C, C).tril(), None, None, None
-    below, future = g.new_ones(C, C).tril(-1), torch.full((C, C), -torch.inf, dtype=g.dtype, device=g.device).triu(1)
+        return lower, None, None, None
     D = (g * below).cumsum(-2).add_(future).exp_()  # sums of their own, for G_i - G_j has lost what is small next to G
     grow = g.cumsum(-2).exp_()
     return D, grow, D[..., -1:, :].mT.clone(), grow[..., -1:, :]
