@@ -3,8 +3,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
-# Large pages: fresh memory in pages of 4 KiB costs a CPU more than many a kernel that fills it.
+# Memory that was freed is kept, and in large pages: fresh pages cost a CPU more than many a kernel that fills them.
 export THP_MEM_ALLOC_ENABLE ?= 1
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 34359738368
 
 .PHONY: setup train test test-slow test-gpu bench lint clean
 

@@ -27,7 +27,8 @@ from benchmarks.cases import cases as linear_cases
 
 RESULTS = Path(__file__).parent / "results.csv"
 SCALING = Path(__file__).parent / "scaling.csv"
-DEVICE = f"cpu {platform.machine()}" + (", large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "")
+KEPT = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" and os.environ.get("MALLOC_MMAP_MAX_") == "0"  # as the Makefile sets them
+DEVICE = f"cpu {platform.machine()}" + (", large pages, memory kept" if KEPT else "")
 GROWTH = ("date", "commit", "op", "mode", "shape", "tokens", "ms", "exponent", "threads", "device", "torch")
 
 
