@@ -21,7 +21,9 @@ from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
 from memarch.kernels.delta_rule import delta_rule
 from memarch.kernels.delta_rule.torch_impl import CHUNK
 from memarch.layers.parts import Linear, RMSNorm, ShortConv
-from memarch.layers.parts.gates import decay_, step_bias_
+from memarch.layers.parts.gates import STEP, decay_, step_bias_
+
+RECALL_STEP = (0.1, 1.0)  # the step also scales what is written: small ones drown in the skip D u until training finds them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Mamba2(SequenceMixer):
             self.into.weight[2 * wide + keys :][:keys].copy_(self.into.weight[2 * wide :][:keys])
         self.conv.init_(generator, recall)
         decay_(self.A_log, self.cfg.decay, generator)
-        step_bias_(self.dt_bias, generator)
+        step_bias_(self.dt_bias, generator, RECALL_STEP if recall else STEP)
         self.D.fill_(1)
         self.norm.init_()
         self.out.init_(generator, depth)

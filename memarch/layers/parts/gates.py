@@ -15,6 +15,6 @@ def decay_(A_log: Tensor, limits: tuple[float, float], generator: torch.Generato
     A_log.copy_(uniform(tuple(A_log.shape), *limits, generator).clamp(min=1e-4).log())
 
 
-def step_bias_(bias: Tensor, generator: torch.Generator) -> None:
-    step = uniform(tuple(bias.shape), math.log(STEP[0]), math.log(STEP[1]), generator).exp()
+def step_bias_(bias: Tensor, generator: torch.Generator, limits: tuple[float, float] = STEP) -> None:
+    step = uniform(tuple(bias.shape), math.log(limits[0]), math.log(limits[1]), generator).exp()
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
