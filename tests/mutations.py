@@ -60,9 +60,9 @@ MUTATIONS = [
     ),
     Mutation(
         "forget the carried decay",
-        GD,
-        "o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory,",
-        "g = g * (torch.arange(g.shape[1]) > 0)[:, None]\n        o, memory = delta_rule(l2_norm(q) * self.key**-0.5, l2_norm(k), v, b.sigmoid(), g, memory,",
+        "memarch/layers/gated_delta.py",
+        "return delta_rule(l2_norm(q, self.key**-0.5), l2_norm(k), v, b.sigmoid(), g, memory,",
+        "g = g * (torch.arange(g.shape[1]) > 0)[:, None]\n        return delta_rule(l2_norm(q, self.key**-0.5), l2_norm(k), v, b.sigmoid(), g, memory,",
         LAWS,
     ),
     Mutation("drop aux in a block", LM, 'aux |= under("ffn", fed.aux)', "pass", MODEL),

@@ -40,7 +40,8 @@ def sort(ids: Tensor, M: int) -> Buckets:
     first = counts.cumsum(1) - counts
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(T * k, device=ids.device).expand(B, -1))  # the inverse of order
 
-    which = [(slice(0, M), M, T)] if torch.compiler.is_compiling() else _grouped(counts.amax(0).tolist())
+    unknown = torch.compiler.is_compiling() or ids.is_meta  # nothing can be asked: every bucket may be as long as the input
+    which = [(slice(0, M), M, T)] if unknown else _grouped(counts.amax(0).tolist())
     row = torch.arange(B, device=ids.device)
     groups, pairs, base, begin = [], [], torch.zeros(M + 1, B, dtype=torch.int64, device=ids.device), 0
     for some, count, width in which:
