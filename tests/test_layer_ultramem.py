@@ -102,6 +102,10 @@ def test_the_filter_is_found_once_for_every_step():
     optimizer.step()
     assert layer.filter()[0] is not first[0]
     close(layer.filter()[0], principal(layer.core.sum(0))[0], "u", 1e-7)
+    before = layer.filter()[0]
+    layer.core.data.copy_(torch.rand_like(layer.core))  # unseen by the version counter
+    assert layer.filter()[0] is not before
+    close(layer.filter()[0], principal(layer.core.sum(0))[0], "u", 1e-7)
     state = layer.state_dict()
     assert not any("filter" in name for name in state)
     other = UltraMemConfig(keys=6, topk=4).build(DIM, seed=1)

@@ -111,7 +111,7 @@ class UltraMem(ChannelMixer):
         self.values: ValuePool | Borrowed = claim(cfg.pool, *cfg.pool_size(dim), pools)
         self.out = Linear(cfg.expand * value, dim)
         self.register_buffer("permutation", torch.empty(cfg.expand * cfg.keys**2, dtype=torch.int32))
-        self._filter: tuple[int, Tensor, Tensor] | None = None  # of which version of the core, u, v
+        self._filter: tuple[Tensor, Tensor, Tensor] | None = None  # of which core, u, v
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         cfg = self.cfg
@@ -138,10 +138,14 @@ class UltraMem(ChannelMixer):
 
     def filter(self) -> tuple[Tensor, Tensor]:
         """The core's first singular vectors, once for every change of the core: training finds them after a step, inference never again."""
-        if torch.compiler.is_compiling() or self.core.is_meta:
-            return principal(self.core.sum(0))
-        if self._filter is None or self._filter[0] != self.core._version or self._filter[1].device != self.core.device:
-            self._filter = (self.core._version, *principal(self.core.sum(0)))
+        core = self.core.detach()
+        if torch.compiler.is_compiling() or core.is_meta:
+            return principal(core.sum(0))
+        known = self._filter and self._filter[0]
+        # By value, for a core can change unseen: through .data, or by another parameter in its place.
+        if known is None or (known.device, known.dtype) != (core.device, core.dtype) or not torch.equal(known, core):
+            self._filter = (core.clone(), *principal(core.sum(0)))
+        assert self._filter is not None
         return self._filter[1:]
 
     def forward(self, x: Tensor) -> Fed:
