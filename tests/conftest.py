@@ -17,3 +17,14 @@ torch.set_num_threads(1)  # two OpenMP pools under two test processes are many t
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native_library(pytestconfig, monkeypatch):
+    """The C++ kernels may be built: into pytest's cache, once per source, and no other test picks them."""
+    from memarch.kernels import native
+
+    monkeypatch.setenv("MEMARCH_CACHE", str(pytestconfig.cache.mkdir("native")))
+    native._state.cache_clear()
+    yield
+    native._state.cache_clear()

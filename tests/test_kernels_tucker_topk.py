@@ -11,14 +11,7 @@ from memarch.kernels import native
 from memarch.kernels.product_key_topk import product_key_topk
 from memarch.kernels.tucker_topk import cell_scores, cpp_impl, principal, torch_impl, tucker_topk
 
-
-@pytest.fixture(autouse=True)
-def _library(pytestconfig, monkeypatch):
-    """The library is built into pytest's cache, once per source, and is nobody else's choice."""
-    monkeypatch.setenv("MEMARCH_CACHE", str(pytestconfig.cache.mkdir("native")))
-    native._state.cache_clear()
-    yield
-    native._state.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture(params=["reference", "torch", "cpp"])

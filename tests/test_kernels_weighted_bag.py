@@ -14,13 +14,7 @@ IMPLS = ["torch", "cpp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _library(pytestconfig, monkeypatch):
-    """The library is built into pytest's cache, once per source, and is nobody else's choice."""
-    monkeypatch.setenv("MEMARCH_CACHE", str(pytestconfig.cache.mkdir("native")))
-    native._state.cache_clear()
-    yield
-    native._state.cache_clear()
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture(params=IMPLS)
