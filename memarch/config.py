@@ -63,6 +63,11 @@ class LayerConfig:
         """Rows and width of the table that this layer reads, owned or borrowed from a pool of the model."""
         raise NotImplementedError
 
+    def borrows(self, dim: int) -> dict[str, tuple[int, int]]:
+        """The pools of the model that it reads, by name: rows and width."""
+        name = getattr(self, "pool", None)
+        return {} if name is None else {name: self.pool_size(dim)}
+
     def span(self) -> int:
         """The longest chunk, window or segment of this layer: the laws are tested over more than three of them."""
         return 1

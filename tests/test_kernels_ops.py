@@ -101,10 +101,19 @@ def row_dot(T: int) -> Iterator[Case]:
 
 
 def tucker_topk(T: int) -> Iterator[Case]:
-    for heads, r, n, k in (((), 1, 9, 4), ((3,), 2, 9, 4), ((2,), 3, 6, 6), ((), 2, 1, 1), ((2, 2), 2, 20, 3)):
+    for heads, r, n, k, axis in (
+        ((), 1, 9, 4, None),
+        ((3,), 2, 9, 4, None),
+        ((2,), 3, 6, 6, None),
+        ((), 2, 1, 1, None),
+        ((2, 2), 2, 20, 3, None),
+        ((2,), 2, 9, 25, 5),
+        ((), 4, 20, 2, 7),
+    ):
         core = torch.rand(*heads, r, r, dtype=torch.float64)
         inputs = {"s1": draw(2, T, *heads, r, n), "s2": draw(2, T, *heads, r, n), "core": core}
-        yield Case(f"T{T} heads{heads} r{r} n{n} k{k}", inputs | dict(zip("uv", OPS["tucker_topk"].principal(core), strict=True)) | {"k": k})
+        inputs |= dict(zip("uv", OPS["tucker_topk"].principal(core), strict=True)) | {"k": k, "axis": axis}
+        yield Case(f"T{T} heads{heads} r{r} n{n} k{k} axis{axis}", inputs)
 
 
 def weighted_bag(T: int, R: int = 5) -> Iterator[Case]:

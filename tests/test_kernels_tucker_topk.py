@@ -60,6 +60,22 @@ def test_no_filter_at_k_equal_n(impl, r, n):
     torch.testing.assert_close(scores, truth.values, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("axis, k", [(1, 1), (3, 9), (4, 1), (5, 20), (9, 9), (9, 81)])
+def test_rows_and_columns_apart_from_cells(impl, axis, k):
+    """The k best cells of the rows and columns that the filters like best, by a sort of them all; axis None is axis = k."""
+    s1, s2, core = draw(6, 3, 2, 9), draw(6, 3, 2, 9), draw(3, 2, 2)
+    u, v = principal(core)
+    scores, ids = tucker_topk(s1, s2, core, u, v, k, axis=axis, impl=impl)
+    rows, cols = (torch.zeros(6, 3, 9).scatter(-1, torch.einsum("qhri,hr->qhi", s, x).topk(axis).indices, 1).bool() for s, x in ((s1, u), (s2, v)))
+    kept = (rows[..., :, None] & cols[..., None, :]).flatten(-2)
+    truth = everything(s1, s2, core).masked_fill(~kept, -torch.inf).topk(k)
+    assert torch.equal(ids, truth.indices)
+    torch.testing.assert_close(scores, truth.values, rtol=1e-12, atol=1e-12)
+    if axis == k:
+        same = tucker_topk(s1, s2, core, u, v, k, impl=impl)
+        assert torch.equal(same[0], scores) and torch.equal(same[1], ids)
+
+
 def test_scores_are_those_of_the_whole_core(impl):
     s1, s2, core = draw(5, 2, 50), draw(5, 2, 50), draw(2, 2)
     scores, ids = tucker_topk(s1, s2, core, *principal(core), 8, impl=impl)
@@ -160,25 +176,27 @@ def test_ties_go_to_the_lowest_id(impl):
 def test_gradcheck(impl):
     s1, s2, core = (x.requires_grad_() for x in (draw(2, 2, 2, 6), draw(2, 2, 2, 6), draw(2, 2, 2)))
     u, v = principal(core)
-    assert torch.autograd.gradcheck(lambda *x: tucker_topk(*x, u, v, 3, impl=impl)[0], (s1, s2, core))
+    for k, axis in ((3, None), (7, 3), (2, 4)):
+        assert torch.autograd.gradcheck(lambda *x, k=k, axis=axis: tucker_topk(*x, u, v, k, axis=axis, impl=impl)[0], (s1, s2, core))
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
 def test_float32(impl):
     """Sorted, ties in order, and each score as exact as float32 is; whether found among many rows or few."""
     s1, s2, core = torch.randn(300, 2, 3, 64), torch.randn(300, 2, 3, 64), torch.randn(2, 3, 3)
-    scores, ids = tucker_topk(s1, s2, core, *principal(core), 32, impl=impl)
-    assert (scores[..., 1:] <= scores[..., :-1]).all()
-    tied = scores[..., 1:] == scores[..., :-1]
-    assert (ids[..., 1:] > ids[..., :-1])[tied].all()
-    torch.testing.assert_close(scores.double(), cell_scores(s1.double(), s2.double(), core.double(), ids), rtol=1e-5, atol=1e-5)
+    for k, axis in ((32, None), (100, 20), (10, 40)):
+        scores, ids = tucker_topk(s1, s2, core, *principal(core), k, axis=axis, impl=impl)
+        assert (scores[..., 1:] <= scores[..., :-1]).all()
+        tied = scores[..., 1:] == scores[..., :-1]
+        assert (ids[..., 1:] > ids[..., :-1])[tied].all()
+        torch.testing.assert_close(scores.double(), cell_scores(s1.double(), s2.double(), core.double(), ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
 def test_opcheck(impl):
     s1, s2, core = (x.requires_grad_() for x in (draw(3, 2, 2, 9), draw(3, 2, 2, 9), draw(2, 2, 2)))
     operator = (torch_impl if impl == "torch" else cpp_impl).tucker_topk.operator
-    torch.library.opcheck(operator, (s1, s2, core, *principal(core), 4))
+    torch.library.opcheck(operator, (s1, s2, core, *principal(core), 8, 4))
 
 
 def test_bad_input(impl):
@@ -187,6 +205,12 @@ def test_bad_input(impl):
     for k in (0, 10):
         with pytest.raises(ValueError, match=f"k is {k}; 9 sub-keys an axis"):
             tucker_topk(s, s, core, u, v, k, impl=impl)
+    for axis in (0, 10):
+        with pytest.raises(ValueError, match=f"axis is {axis}; 9 sub-keys an axis leave 1 to 9 rows and columns"):
+            tucker_topk(s, s, core, u, v, 1, axis=axis, impl=impl)
+    for k in (0, 10):
+        with pytest.raises(ValueError, match=f"k is {k}; 3 rows and columns have 1 to 9 cells"):
+            tucker_topk(s, s, core, u, v, k, axis=3, impl=impl)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         tucker_topk(s[:, :0], s[:, :0], core[:0, :0], u[:0], v[:0], 2, impl=impl)
     for wrong in (

@@ -1,5 +1,6 @@
 """Memory+ against its formula, against PKM, and sharing; float64."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -61,3 +62,13 @@ def test_layers_share_one_table_and_its_gradient_is_the_sum_of_both_uses():
     close(grads[0] + grads[1], grads[2], "gradient", 1e-12)
     other = create_model("memory-plus-tiny")
     assert other.backbone.pools["facts"].table is not model.backbone.pools["facts"].table
+
+
+def test_the_presets_are_the_papers():
+    """What the names count is the model whose three feed-forwards were not yet replaced."""
+    for name, said, width, hidden in (("373m", 374e6, 1024, 2816), ("1.3b", 1.34e9, 2048, 5472)):
+        config = create_model(f"memory-plus-{name}", device="meta").config
+        assert [i for i in range(24) if config.block(i).ffn.kind == "memory_plus"] == [4, 12, 20]
+        memory = config.parts["K"].ffn.num_params(width)
+        assert config.pools["facts"].rows == 1024**2
+        assert config.num_params() - config.pools["facts"].num_params(width) + 3 * (3 * width * hidden - memory) == pytest.approx(said, rel=0.005)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memarch import create_model, kernels
 from memarch.config import initialise
 from memarch.kernels.tucker_topk import principal
 from memarch.layers import UltraMemConfig
@@ -135,9 +136,32 @@ def test_the_papers_counts():
         assert base + dense == pytest.approx(total, abs=0.02e6)
 
 
-def test_a_branch_into_its_own_block_is_a_parallel_layer():
-    from memarch import create_model
+@pytest.mark.parametrize("name, total", [("151m", 2.03), ("680m", 8.93), ("1.6b", 21.50)])
+def test_the_presets_are_the_papers(name, total):
+    """Table 1, in billions and without embeddings. For the largest the paper prints 21.41: its key width is not known."""
+    config = create_model(f"ultramem-{name}", device="meta").config
+    assert round((config.num_params() - config.vocab_size * config.dim) / 1e9, 2) == total
 
+
+def work(**said):
+    """FLOPs of one token through the blocks of ultramem-151m, in billions."""
+    branches = [{"reads": r, "adds": a, "layer": {"kind": "ultramem", **said}} for r, a in ((2, 4), (5, 7), (8, 10))]
+    model = create_model("ultramem-151m", device="meta", set={"branches": branches})
+    with kernels.flop_counter() as counter:
+        model.backbone(torch.zeros(1, 1, 1024, device="meta"))
+    return counter.get_total_flops() / 1e9
+
+
+def test_the_papers_work():
+    """Table 1's 0.35 GFLOPs a token, and Table 3's growth with E: +6.6, +14.9, +26.4 percent. (The latter two runs must have differed otherwise too: the
+    same formula that gives the first gives 15.2 and 25.7.)"""
+    assert round(work(keys=1100, topk=42), 2) == 0.35
+    like = {"keys": 1000, "topk": 42, "key_dim": 250, "value_dim": 512, "cores": 1}
+    plain = work(expand=1, **like)
+    assert [round(100 * (work(expand=E, **like) / plain - 1), 1) for E in (4, 9, 16)] == [6.6, 15.2, 25.7]
+
+
+def test_a_branch_into_its_own_block_is_a_parallel_layer():
     model = create_model("ultramem-tiny", set={"branches": [{"reads": 1, "adds": 1, "layer": {"kind": "ultramem", "keys": 8, "topk": 4}}]}).double()
     seen = {}
     block, branch = model.backbone.blocks[1], model.backbone.branches[0]

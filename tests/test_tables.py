@@ -27,13 +27,11 @@ channel = pytest.mark.parametrize("config", [e[3] for e in EXAMPLES if e[0] == "
 
 def pools_for(config):
     """The pools that an example names, as a model would declare them."""
-    name = getattr(config, "pool", None)
-    if name is None:
-        return {}
-    pool = ValuePool(*config.pool_size(DIM))
+    pools = {name: ValuePool(*size) for name, size in config.borrows(DIM).items()}
     with torch.no_grad():
-        pool.init_(torch.Generator().manual_seed(3))
-    return {name: pool.to(F64)}
+        for pool in pools.values():
+            pool.init_(torch.Generator().manual_seed(3))
+    return {name: pool.to(F64) for name, pool in pools.items()}
 
 
 def built(family, config, seed=0):

@@ -168,8 +168,8 @@ def stack(seed: int) -> LMConfig:
         reads = rng.choice(readable)
         adds, aside = rng.randrange(reads, layers), rng.choice(channels)
         branches = [{"reads": reads, "adds": adds, "layer": encode(aside)}]
-    named = [c for c in (*(b["ffn"] for b in blocks), aside) if getattr(c, "pool", None)]
-    pools = {c.pool: dict(zip(("rows", "width"), c.pool_size(DIM), strict=True)) for c in named}
+    channel = [c for c in (*(b["ffn"] for b in blocks), aside) if c]
+    pools = {name: {"rows": rows, "width": width} for c in channel for name, (rows, width) in c.borrows(DIM).items()}
     wrap = []
     if rng.random() < 0.4:
         wrap = [encode(rng.choice([c for table in WRAPPERS.values() for c in table.examples()]))]

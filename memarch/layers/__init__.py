@@ -23,6 +23,7 @@ from memarch.layers.retnet import RetNet, RetNetConfig
 from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
 from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
 from memarch.layers.ultramem import UltraMem, UltraMemConfig
+from memarch.layers.ultramem_v2 import UltraMemV2, UltraMemV2Config
 
 MIXERS = {
     "attention": AttentionConfig,
@@ -48,6 +49,7 @@ CHANNELS = {
     "pkm": PKMConfig,
     "swiglu": SwiGLUConfig,
     "ultramem": UltraMemConfig,
+    "ultramem_v2": UltraMemV2Config,
 }
 
 MixerConfig: Any = Union[tuple(MIXERS.values())]
@@ -99,5 +101,7 @@ __all__ = [
     "SwiGLUConfig",
     "UltraMem",
     "UltraMemConfig",
+    "UltraMemV2",
+    "UltraMemV2Config",
     "ValuePool",
 ]

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
 from memarch.contracts import ChannelMixer, Fed
-from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers.parts.pool import ValuePool
 
 
@@ -75,7 +74,7 @@ class MemoryFormer(ChannelMixer):
     def forward(self, x: Tensor) -> Fed:
         y, _ = self.first(x)
         y, p = self.second(self.norm(y.to(self.norm.weight.dtype)))
-        return Fed(y.to(x.dtype), {"share": p.mean().detach()})
+        return Fed(y.to(x.dtype), {"share": p.mean().detach()} | self.second.rows.gauges())
 
 
 class Hashed(nn.Module):
@@ -96,4 +95,4 @@ class Hashed(nn.Module):
         ids = ((z >= 0).long() << place).sum(-1) + (chunk << self.bits)  # [.., K]
         p = F.logsigmoid(2 / self.cfg.temperature * z.abs()).sum(-1).exp()
         weights = p if self.cfg.score == "paper" else p * z.abs().sum(-1)
-        return weighted_bag(self.rows.table, ids, weights.to(self.rows.table.dtype)), p
+        return self.rows.bag(ids, weights, x), p

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
 from memarch.contracts import Fed
-from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers.parts import Linear
-from memarch.layers.parts.pool import Borrowed, ValuePool, claim, rows_of
+from memarch.layers.parts.pool import Borrowed, ValuePool, claim
 from memarch.layers.parts.product_keys import ProductKeys, check_keys, gauges
 
 
@@ -86,14 +85,13 @@ class MemoryPlus(ProductKeys):
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         self.init_keys_(generator)
-        if isinstance(self.values, ValuePool):
-            self.values.init_(generator)
+        self.values.init_(generator)
         if self.gate is not None:
             self.gate.init_(generator)
         self.out.init_(generator, depth)
 
     def forward(self, x: Tensor) -> Fed:
         scores, ids = self.find(x)  # [B, T, H, k]
-        weights, table = F.softmax(scores, -1), rows_of(self.values)
-        m = weighted_bag(table, ids.flatten(-2), weights.flatten(-2).to(table.dtype)).to(x.dtype)  # [B, T, V]
-        return Fed(self.out(m if self.gate is None else m * F.silu(self.gate(x))), gauges(scores, weights))
+        weights = F.softmax(scores, -1)
+        m = self.values.bag(ids.flatten(-2), weights.flatten(-2), x)  # [B, T, V]
+        return Fed(self.out(m if self.gate is None else m * F.silu(self.gate(x))), gauges(scores, weights) | self.values.gauges())

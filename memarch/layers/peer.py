@@ -21,9 +21,7 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig
 from memarch.contracts import Fed
-from memarch.kernels.row_dot import row_dot
-from memarch.kernels.weighted_bag import weighted_bag
-from memarch.layers.parts.pool import Borrowed, ValuePool, claim, rows_of
+from memarch.layers.parts.pool import Borrowed, ValuePool, claim
 from memarch.layers.parts.product_keys import ProductKeys, check_keys, gauges
 
 
@@ -80,13 +78,13 @@ class PEER(ProductKeys):
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         self.init_keys_(generator)
-        if isinstance(self.experts, ValuePool):
-            self.experts.init_(generator)
+        self.experts.init_(generator)
 
     def forward(self, x: Tensor) -> Fed:
         scores, ids = self.find(x)  # [B, T, H, k]
-        g, table = scores.softmax(-1) if self.cfg.score == "softmax" else scores.sigmoid(), rows_of(self.experts)
-        u = 2 * ids.flatten(-2)  # [B, T, H k]
-        hidden = row_dot(table, u, x.to(table.dtype))
-        hidden = (F.gelu(hidden) if self.cfg.act == "gelu" else F.relu(hidden)) * g.flatten(-2)
-        return Fed(weighted_bag(table, u + 1, hidden.to(table.dtype)).to(x.dtype), gauges(scores, g))
+        g = (scores.softmax(-1) if self.cfg.score == "softmax" else scores.sigmoid()).flatten(-2)  # [B, T, H k]
+        u = 2 * ids.flatten(-2)
+        hidden = self.experts.dot(u, x)
+        hidden = (F.gelu(hidden) if self.cfg.act == "gelu" else F.relu(hidden)) * g
+        y = self.experts.bag(u + 1, hidden, x, mass=g)
+        return Fed(y, gauges(scores, g.view_as(scores)) | self.experts.gauges())

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig
 from memarch.contracts import Fed
-from memarch.kernels.weighted_bag import weighted_bag
-from memarch.layers.parts.pool import Borrowed, ValuePool, claim, rows_of
+from memarch.layers.parts.pool import Borrowed, ValuePool, claim
 from memarch.layers.parts.product_keys import ProductKeys, check_keys, gauges
 
 
@@ -70,11 +69,10 @@ class PKM(ProductKeys):
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         self.init_keys_(generator)
-        if isinstance(self.values, ValuePool):
-            self.values.init_(generator)
+        self.values.init_(generator)
 
     def forward(self, x: Tensor) -> Fed:
         scores, ids = self.find(x)  # [B, T, H, k]
-        weights, table = F.softmax(scores, -1), rows_of(self.values)
-        y = weighted_bag(table, ids.flatten(-2), weights.flatten(-2).to(table.dtype))  # [B, T, D]
-        return Fed(y.to(x.dtype), gauges(scores, weights))
+        weights = F.softmax(scores, -1)
+        y = self.values.bag(ids.flatten(-2), weights.flatten(-2), x)  # [B, T, D]
+        return Fed(y, gauges(scores, weights) | self.values.gauges())

@@ -157,7 +157,7 @@ class Backbone(SequenceMixer):
         super().__init__()
         self.cfg = cfg
         self.writes = ("trace",) if cfg.trace else ()
-        pools = {name: ValuePool(p.rows, p.width or cfg.dim) for name, p in cfg.pools.items()}
+        pools = {name: p.make(cfg.dim) for name, p in cfg.pools.items()}
         self.pools = nn.ModuleDict(pools)
         blocks = []
         posted: set[str] = set()

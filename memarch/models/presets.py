@@ -29,6 +29,11 @@ GDN = "Yang et al. 2024, arXiv 2412.06464"
 MOM = "Du et al. 2025, arXiv 2502.13685"
 BASED = "Arora et al. 2024, arXiv 2402.18668"
 MAMBA2 = "Dao & Gu 2024, arXiv 2405.21060"
+PKM = "Lample et al. 2019, arXiv 1907.05242"
+PEER = "He 2024, arXiv 2407.04153"
+MEMORY_PLUS = "Berges et al. 2024, arXiv 2412.09764"
+ULTRAMEM = "Huang et al. 2025, arXiv 2411.12364"
+ULTRAMEM_V2 = "Huang et al. 2025, arXiv 2508.18756"
 TRANSFORMER = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -63,6 +68,34 @@ def gated_delta(dim: int, layers: int, hidden: int) -> dict[str, Any]:
 
 def tiny(mixer: dict[str, Any], ffn: dict[str, Any] | None = None) -> dict[str, Any]:
     return {**TINY, "pattern": "M", "parts": {"M": {"mixer": mixer, "ffn": ffn or {**SWIGLU, "hidden": 128}}}}
+
+
+def ultramem(dim: int, layers: int, heads: int, keys: int, topk: int, spans: str) -> dict[str, Any]:
+    """A transformer with UltraMem beside its blocks; spans "3:5 6:8" as the paper counts: blocks from 1, read before the first, added after the second.
+    Its feed-forward has the 8 D^2 parameters of a plain one."""
+    layer = {"kind": "ultramem", "keys": keys, "topk": topk}
+    ends = [tuple(int(i) - 1 for i in span.split(":")) for span in spans.split()]
+    branches = [{"reads": reads, "adds": adds, "layer": layer} for reads, adds in ends]
+    return model(50304, dim, layers, {"kind": "attention", "heads": heads}, round(8 * dim / 3), branches=branches)
+
+
+def ultramem_v2(dim: int, layers: int, heads: int, hidden: int, **memory: int) -> dict[str, Any]:
+    data = model(50304, dim, layers, {"kind": "attention", "heads": heads}, None)
+    return override(data, "parts.M.ffn", {"kind": "ultramem_v2", "hidden": hidden, **memory})
+
+
+def memory_plus(dim: int, layers: int, heads: int, hidden: int, at: tuple[int, ...], keys: int) -> dict[str, Any]:
+    """A Llama with the feed-forward of three blocks replaced; they share one table."""
+    data = model(32000, dim, layers, {"kind": "attention", "heads": heads}, hidden, tie=False)
+    memory = {"mixer": data["parts"]["M"]["mixer"], "ffn": {"kind": "memory_plus", "keys": keys, "pool": "facts"}}
+    pattern = "".join("K" if i in at else "M" for i in range(layers))
+    return {**data, "pattern": pattern, "parts": {**data["parts"], "K": memory}, "pools": {"facts": {"rows": keys**2}}}
+
+
+def replaced(at: int, layers: int, ffn: dict[str, Any]) -> dict[str, Any]:
+    """One block's feed-forward of transformer-160m is another."""
+    mixer = {"kind": "attention", "heads": 12}
+    return {"pattern": "M" * at + "K" + "M" * (layers - at - 1), "parts.K": {"mixer": mixer, "ffn": ffn}}
 
 
 PRESETS: dict[str, Preset] = {
@@ -113,7 +146,7 @@ PRESETS: dict[str, Preset] = {
     "memory-former-tiny": Preset("memory", "Ding et al. 2024, arXiv 2411.12992", "hybrid-tiny", {"parts.W.ffn": {"kind": "memory_former", "bits": 4}}),
     "memory-plus-tiny": Preset(
         "memory",
-        "Berges et al. 2024, arXiv 2412.09764",
+        MEMORY_PLUS,
         "hybrid-tiny",
         {
             "layers": 4,
@@ -127,18 +160,28 @@ PRESETS: dict[str, Preset] = {
         "hybrid-tiny",
         {"parts.W.ffn": {"kind": "moe", "experts": 4, "hidden": 64}},
     ),
-    "peer-tiny": Preset("memory", "He 2024, arXiv 2407.04153", "hybrid-tiny", {"parts.W.ffn": {"kind": "peer", "keys": 32, "heads": 2, "topk": 8}}),
+    "peer-tiny": Preset("memory", PEER, "hybrid-tiny", {"parts.W.ffn": {"kind": "peer", "keys": 32, "heads": 2, "topk": 8}}),
     "pkm-tiny": Preset(
         "memory",
-        "Lample et al. 2019, arXiv 1907.05242",
+        PKM,
         "hybrid-tiny",
         {"parts.W.ffn": {"kind": "pkm", "keys": 32, "heads": 2, "topk": 8, "query_dim": 32, "pool": "facts"}, "pools": {"facts": {"rows": 1024}}},
     ),
     "ultramem-tiny": Preset(
         "memory",
-        "Huang et al. 2025, arXiv 2411.12364",
+        ULTRAMEM,
         "hybrid-tiny",
         {"branches": [{"reads": 0, "adds": 1, "layer": {"kind": "ultramem", "keys": 32, "topk": 8}}]},
+    ),
+    "ultramem-v2-tiny": Preset(
+        "memory",
+        ULTRAMEM_V2,
+        "hybrid-tiny",
+        {
+            "parts.M.ffn": {"kind": "ultramem_v2", "hidden": 128, "keys": 32, "topk": 8, "pool": "facts", "pre_pool": "gates"},
+            "parts.W.ffn": {"kind": "ultramem_v2", "hidden": 128, "keys": 32, "topk": 8, "pool": "facts", "pre_pool": "gates"},
+            "pools": {name: {"rows": 1536, "width": 16, "window": 1024, "step": 512} for name in ("facts", "gates")},
+        },
     ),
     "rmt-tiny": Preset("segment", "Bulatov et al. 2022, arXiv 2207.06881", "transformer-tiny", {"wrap": [{"kind": "rmt", "segment": 32, "memory": 4}]}),
     "transformer-160m": Preset(
@@ -155,6 +198,17 @@ PRESETS: dict[str, Preset] = {
     "mamba2-1.3b": Preset("linear", MAMBA2, None, model(50288, 2048, 48, {"kind": "mamba2"}, None, norm_eps=1e-5), "1.3B"),
     "mom-380m": Preset("linear", MOM, None, mom(1024, 2048, tie=True), "0.5B"),  # the model card; the paper's 444M is not what its config adds up to
     "mom-1.3b": Preset("linear", MOM, None, mom(2048, 5632, tie=False), "1.62B"),
+    # PKM's and PEER's papers name no model: their memory, of the papers' size and in the papers' place, on the same backbone.
+    "pkm-160m": Preset("memory", PKM, "transformer-160m", replaced(9, 12, {"kind": "pkm", "keys": 512, "query_dim": 512})),
+    "peer-160m": Preset("memory", PEER, "transformer-160m", replaced(6, 12, {"kind": "peer", "keys": 1024})),
+    "memory-plus-373m": Preset("memory", MEMORY_PLUS, None, memory_plus(1024, 24, 16, 2816, (4, 12, 20), 1024)),
+    "memory-plus-1.3b": Preset("memory", MEMORY_PLUS, None, memory_plus(2048, 24, 16, 5472, (4, 12, 20), 1024)),
+    "ultramem-151m": Preset("memory", ULTRAMEM, None, ultramem(1024, 12, 16, 1100, 42, "3:5 6:8 9:11")),
+    "ultramem-680m": Preset("memory", ULTRAMEM, None, ultramem(1536, 24, 16, 1632, 35, "3:7 8:12 13:17 18:22")),
+    "ultramem-1.6b": Preset("memory", ULTRAMEM, None, ultramem(2048, 32, 16, 1792, 42, "3:7 8:12 13:17 18:22 23:27 28:32")),
+    "ultramem-v2-227m": Preset("memory", ULTRAMEM_V2, None, ultramem_v2(768, 20, 12, 2496, keys=360)),
+    # The paper prints no feed-forward; this one has its 1079M a token. Its tables of 528^2 rows then hold 5.14B, and 6.2B are the total, not the printed 6.70B.
+    "ultramem-v2-1b": Preset("memory", ULTRAMEM_V2, None, ultramem_v2(2048, 16, 16, 5952, keys=528, topk=128, pre_dim=384, value_dim=768)),
 }
 
 

@@ -1,13 +1,13 @@
 """The k best cells of a Tucker-decomposed score (UltraMem, Huang et al. 2024, arXiv 2411.12364): score(i, j) = s1[:, i]^T C s2[:, j], id i n + j.
 
 The score is not monotone in two numbers, so the pruning of product_key_topk does not hold. Rows and columns are filtered by the first singular
-vectors of the core, u^T s1 and v^T s2, k of each are kept, and of their k x k cells the k best by the whole core. That finds the k best
-of all cells only as far as the first singular value dominates, and never those where both filters are negative. k = n switches the filter off.
+vectors of the core, u^T s1 and v^T s2, `axis` of each are kept, and of their axis^2 cells the k best by the whole core. That finds the k best
+of all cells only as far as the first singular value dominates, and never those where both filters are negative. axis = n switches the filter off.
 
 u and v are `principal(core)`: computed anew after a step of the optimiser, never in the graph, kept as buffers. Equal scores come in the order of
 their ids, and among them the lowest are kept; likewise in the filters. The gradient reaches the selected cells' s1, s2 and the core.
 
-    r rank   n sub-keys an axis   k cells kept   H heads, any leading dimensions that the core has   Q searches
+    r rank   n sub-keys an axis, `axis` of them kept   k cells kept   H heads, any leading dimensions that the core has   Q searches
 """
 
 import torch
@@ -29,7 +29,7 @@ ORDER = (
 NOISE = 1e-5  # of a singular vector in float32
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> str | None:
+def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, axis: int = 32, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"scores must be floating point, they are {dtype}"
     if name == "cpp" and n > WIDEST:
@@ -37,20 +37,24 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: in
     return native.cannot(device_type, dtype, here, (torch.float32, torch.float64)) if name == "cpp" else None
 
 
-def pick(device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> Choice:
+def pick(device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, axis: int = 32, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for scores [..., r, n] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, axis, here))
 
 
-def tucker_topk(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """s1, s2 [..., H, r, n], core [H, r, r], u, v [H, r], with any number of head dimensions, also none -> scores [..., H, k] best first, ids int64."""
-    _check(s1, s2, core, u, v, k)
-    n, lead, heads = s1.shape[-1], s1.shape[:-2], core.shape[:-2]
-    here, shape = machine(s1.device.type), (s1.device.type, s1.dtype, n, k)
+def tucker_topk(
+    s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, *, axis: int | None = None, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """s1, s2 [..., H, r, n], core [H, r, r], u, v [H, r], with any number of head dimensions, also none -> scores [..., H, k] best first, ids int64.
+
+    axis: how many rows and columns the filters keep, k where it is None."""
+    _check(s1, s2, core, u, v, k, axis)
+    n, lead, heads, axis = s1.shape[-1], s1.shape[:-2], core.shape[:-2], k if axis is None else axis
+    here, shape = machine(s1.device.type), (s1.device.type, s1.dtype, n, k, axis)
     name = settle("tucker_topk", IMPLEMENTATIONS, impl, lambda m: why_not(m, *shape, native.buildable(here)), lambda: pick(*shape, here))
     Q, H, r = lead[: len(lead) - len(heads)].numel(), heads.numel(), s1.shape[-2]
     flat = s1.reshape(Q, H, r, n), s2.reshape(Q, H, r, n), core.reshape(H, r, r), u.reshape(H, r), v.reshape(H, r)
-    scores, ids = IMPLEMENTATIONS[name](*flat, k)  # [Q, H, k]
+    scores, ids = IMPLEMENTATIONS[name](*flat, k, axis)  # [Q, H, k]
     return scores.view(*lead, k), ids.view(*lead, k)
 
 
@@ -73,7 +77,7 @@ def principal(core: Tensor) -> tuple[Tensor, Tensor]:
     return u * sign, v * sign
 
 
-def _check(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -> None:
+def _check(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, axis: int | None) -> None:
     heads, r = core.shape[:-2], core.shape[-1] if core.ndim else 0
     if r == 0:
         raise ValueError(f"tucker_topk: the rank must be at least 1; the core is {list(core.shape)}")
@@ -83,5 +87,9 @@ def _check(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -
             "tucker_topk wants s1, s2 [..., H, r, n], core [H, r, r] and u, v [H, r]; "
             f"got {', '.join(str(list(x.shape)) for x in (s1, s2, core, u, v))}. u, v are principal(core)."
         )
-    if not 1 <= k <= s1.shape[-1]:
-        raise ValueError(f"tucker_topk: k is {k}; {s1.shape[-1]} sub-keys an axis leave 1 to {s1.shape[-1]} rows and columns to keep")
+    n, kept = s1.shape[-1], k if axis is None else axis
+    if not 1 <= kept <= n:
+        name = "k" if axis is None else "axis"
+        raise ValueError(f"tucker_topk: {name} is {kept}; {n} sub-keys an axis leave 1 to {n} rows and columns to keep (axis, or k where there is none)")
+    if not 1 <= k <= kept**2:
+        raise ValueError(f"tucker_topk: k is {k}; {kept} rows and columns have 1 to {kept**2} cells to keep")

@@ -2,7 +2,7 @@
 
 With d the gradient of a kept score and a = s1[:, i], b = s2[:, j] of its cell:  da = d C b,  db = d C^T a,  dC = sum d a b^T.
 
-    r rank   n sub-keys an axis   k cells kept   H heads   Q searches
+    r rank   n sub-keys an axis, `axis` of them kept   k cells kept   H heads   Q searches
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memarch.kernels.autocast import exact
 
-Search = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Search = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def columns(s: Tensor, index: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def define(name: str, search: Search) -> Search:
     run = torch.library.custom_op(f"memarch::{name}", search, mutates_args=())
 
     @run.register_fake
-    def _(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
         return s1.new_empty(*s1.shape[:2], k), s1.new_empty(*s1.shape[:2], k, dtype=torch.int64)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -54,23 +54,23 @@ def define(name: str, search: Search) -> Search:
         ctx.save_for_backward(output[1], *inputs[:3])
 
     def gradients(ctx: Any, dscores: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return *backward(dscores, *ctx.saved_tensors), None, None, None
+        return *backward(dscores, *ctx.saved_tensors), None, None, None, None
 
     run.register_autograd(gradients, setup_context=remember)
 
-    def call(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def call(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (s1, s2, core))
         chosen = run if learns or torch.compiler.is_compiling() else search  # the first call of an operator imports dynamo: not for inference
-        return chosen(s1, s2, core, u, v, k)
+        return chosen(s1, s2, core, u, v, k, axis)
 
     call.operator = run  # type: ignore[attr-defined]
     return call
 
 
-def _flops(s1: torch.Size, k: int) -> int:
+def _flops(s1: torch.Size, axis: int) -> int:
     Q, H, r, n = s1
-    return 2 * Q * H * r * (2 * n + k * r + k * k)
+    return 2 * Q * H * r * (2 * n + axis * r + axis * axis)
 
 
-FLOPS = {name: lambda s1, s2, core, u, v, k, **_: _flops(s1, k) for name in ("tucker_topk", "tucker_topk_cpp")}
+FLOPS = {name: lambda s1, s2, core, u, v, k, axis, **_: _flops(s1, axis) for name in ("tucker_topk", "tucker_topk_cpp")}
 FLOPS |= {"tucker_topk_backward": lambda d, ids, s1, *_, **__: 6 * ids[0] * ids[1] * ids[2] * s1[2] ** 2}

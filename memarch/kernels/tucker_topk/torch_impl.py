@@ -1,6 +1,6 @@
 """topk of the filters, of all kept cells, and of those.
 
-r rank   n sub-keys an axis   k cells kept   H heads   Q searches
+r rank   n sub-keys an axis, `axis` of them kept   k cells kept   H heads   Q searches
 """
 
 import torch
@@ -15,13 +15,13 @@ CHUNK = 2**18  # scores searched at a time: they stay in the cache
 
 
 @exact
-def search(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    (Q, H, _, n), step = s1.shape, max(1, CHUNK // (s1.shape[1] * max(s1.shape[3], k * k)))
+def search(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
+    (Q, H, _, n), step = s1.shape, max(1, CHUNK // (s1.shape[1] * max(s1.shape[3], axis * axis)))
     scores, ids = s1.new_empty(Q, H, k), s1.new_empty(Q, H, k, dtype=torch.int64)
     for q in range(0, Q, step):
         x1, x2 = s1[q : q + step], s2[q : q + step]
-        i, j = _kept(x1, u, k), _kept(x2, v, k)  # [q, H, k]
-        grid = columns(x1, i).mT @ (core.to(s1.dtype) @ columns(x2, j))  # [q, H, k, k]
+        i, j = _kept(x1, u, axis), _kept(x2, v, axis)  # [q, H, axis]
+        grid = columns(x1, i).mT @ (core.to(s1.dtype) @ columns(x2, j))  # [q, H, axis, axis]
         cells = (i * n)[..., None] + j[..., None, :]
         grid, cells = (x.flatten(2).flatten(0, 1) for x in (grid, cells))
         values, found = best(grid, cells, k, 32 if n <= WIDEST else 64)
@@ -30,12 +30,12 @@ def search(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int) -
     return scores, ids
 
 
-def _kept(s: Tensor, u: Tensor, k: int) -> Tensor:
-    """s [q, H, r, n] -> the k columns that the filter likes best [q, H, k]."""
+def _kept(s: Tensor, u: Tensor, axis: int) -> Tensor:
+    """s [q, H, r, n] -> the columns that the filter likes best [q, H, axis]."""
     filtered = (u.to(s.dtype)[:, None] @ s).flatten(0, 2)  # [q H, n]
-    values, index = best(filtered, torch.arange(s.shape[-1], device=s.device), k)
+    values, index = best(filtered, torch.arange(s.shape[-1], device=s.device), axis)
     refuse_nan("tucker_topk", values[:, 0] if s.device.type == "cpu" else filtered)
-    return index.view(*s.shape[:2], k)
+    return index.view(*s.shape[:2], axis)
 
 
 tucker_topk = define("tucker_topk", search)
