@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("generate", "text from a model, as it comes"),
     "evaluate": ("evaluate", "recall, copying, needle or text: a table and a figure"),
     "ablate": ("ablate", "variants x grid x seeds from one file"),
+    "inspect": ("inspect", "what happened inside: the use of sparse memories in a run"),
     "warmup": ("warmup", "compile the C++ kernels for this CPU, once"),
 }
 

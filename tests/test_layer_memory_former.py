@@ -38,7 +38,7 @@ def test_the_share_is_that_of_a_softmax_over_all_patterns():
     """p of the chosen pattern is its softmax probability among all 2^tau, with t as temperature: the shares of all patterns sum to 1."""
     z = torch.randn(5, dtype=F64)
     hashed = lookup_layer(5, 1, 3)
-    _, p = hashed(z)
+    _, p, _ = hashed(z)
     logits = torch.stack([(torch.tensor(s, dtype=F64) * z).sum() for s in itertools.product((-1, 1), repeat=5)])
     close(p[0], logits.softmax(0).max(), "share", 1e-12)
     assert hashed(1e3 * z)[1].item() == 1

@@ -72,13 +72,13 @@ class MemoryFormer(ChannelMixer):
         self.second.init_(generator)
 
     def forward(self, x: Tensor) -> Fed:
-        y, _ = self.first(x)
-        y, p = self.second(self.norm(y.to(self.norm.weight.dtype)))
-        return Fed(y.to(x.dtype), {"share": p.mean().detach()} | self.second.rows.gauges())
+        y, _, _ = self.first(x)
+        y, p, ids = self.second(self.norm(y.to(self.norm.weight.dtype)))
+        return Fed(y.to(x.dtype), {"share": p.mean().detach()} | self.second.rows.gauges(ids, p))
 
 
 class Hashed(nn.Module):
-    """The memory layer: [.., K bits] -> [.., width] and p [.., K]."""
+    """The memory layer: [.., K bits] -> [.., width], p and row numbers [.., K]."""
 
     def __init__(self, cfg: MemoryFormerConfig, chunks: int, bits: int, width: int):
         super().__init__()
@@ -88,11 +88,11 @@ class Hashed(nn.Module):
     def init_(self, generator: torch.Generator) -> None:
         self.rows.init_(generator)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.bits))  # [.., K, tau]
         place = torch.arange(self.bits, device=x.device)
         chunk = torch.arange(z.shape[-2], device=x.device)
         ids = ((z >= 0).long() << place).sum(-1) + (chunk << self.bits)  # [.., K]
         p = F.logsigmoid(2 / self.cfg.temperature * z.abs()).sum(-1).exp()
         weights = p if self.cfg.score == "paper" else p * z.abs().sum(-1)
-        return self.rows.bag(ids, weights, x), p
+        return self.rows.bag(ids, weights, x), p, ids

@@ -94,4 +94,4 @@ class MemoryPlus(ProductKeys):
         scores, ids = self.find(x)  # [B, T, H, k]
         weights = F.softmax(scores, -1)
         m = self.values.bag(ids.flatten(-2), weights.flatten(-2), x)  # [B, T, V]
-        return Fed(self.out(m if self.gate is None else m * F.silu(self.gate(x))), gauges(scores, weights) | self.values.gauges())
+        return Fed(self.out(m if self.gate is None else m * F.silu(self.gate(x))), gauges(scores, weights) | self.values.gauges(ids, weights))

@@ -86,5 +86,5 @@ class PEER(ProductKeys):
         u = 2 * ids.flatten(-2)
         hidden = self.experts.dot(u, x)
         hidden = (F.gelu(hidden) if self.cfg.act == "gelu" else F.relu(hidden)) * g
-        y = self.experts.bag(u + 1, hidden, x, mass=g)
-        return Fed(y, gauges(scores, g.view_as(scores)) | self.experts.gauges())
+        y = self.experts.bag(u + 1, hidden, x)
+        return Fed(y, gauges(scores, g.view_as(scores)) | self.experts.gauges(ids, g.view_as(ids), self.keys.shape[2] ** 2))

@@ -75,4 +75,4 @@ class PKM(ProductKeys):
         scores, ids = self.find(x)  # [B, T, H, k]
         weights = F.softmax(scores, -1)
         y = self.values.bag(ids.flatten(-2), weights.flatten(-2), x)  # [B, T, D]
-        return Fed(y, gauges(scores, weights) | self.values.gauges())
+        return Fed(y, gauges(scores, weights) | self.values.gauges(ids, weights))

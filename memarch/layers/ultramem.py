@@ -105,7 +105,7 @@ class UltraMem(TuckerKeys):
     def forward(self, x: Tensor) -> Fed:
         found = self.find(x)
         o = self.values.bag(found.rows, found.own, x, groups=found.blocks, n_groups=self.cfg.expand)  # [B, T, E, V]
-        aux = found.gauges | self.values.gauges()
+        aux = found.gauges | self.values.gauges(found.rows, found.own)
         if self.cfg.core_loss and self.rank > 1:
             over = (torch.linalg.svdvals(found.core)[:, 1:] - TAU).clamp(min=0)  # [H, r - 1]
             aux["loss/core"] = self.cfg.core_loss / (self.rank - 1) * over.square().sum(-1).mean()

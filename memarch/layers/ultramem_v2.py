@@ -146,8 +146,8 @@ class UltraMemV2(TuckerKeys):
     def forward(self, x: Tensor) -> Fed:
         found = self.find(x)
         p = self.gates.dot(found.rows, self.pre(x))  # [B, T, H k]
-        y = self.out(self.values.bag(found.rows, found.own * p[..., None], x, mass=found.own))
-        aux = found.gauges | self.values.gauges()
+        y = self.out(self.values.bag(found.rows, found.own * p[..., None], x))
+        aux = found.gauges | self.values.gauges(found.rows, found.own)
         if self.ffn is None:
             return Fed(y, aux)
         fed = self.ffn(x)

@@ -77,10 +77,8 @@ class Rows:
         """Rows of the pool."""
         return ids
 
-    def bag(self, ids: Tensor, weights: Tensor, like: Tensor, *, groups: Tensor | None = None, n_groups: int = 1, mass: Tensor | None = None) -> Tensor:
-        """`weighted_bag` in the dtype of `like`. mass: what the gauges count, if not the weights."""
-        if self.usage is not None and torch.is_grad_enabled():
-            self.usage.add(ids, weights if mass is None else mass)
+    def bag(self, ids: Tensor, weights: Tensor, like: Tensor, *, groups: Tensor | None = None, n_groups: int = 1) -> Tensor:
+        """`weighted_bag` in the dtype of `like`."""
         table = self.pool.table
         scales = weights.to(torch.promote_types(table.dtype, like.dtype))
         return weighted_bag(table, self.at(ids), scales, groups=groups, n_groups=n_groups, sparse_grad=self.pool.sparse_grad).to(like.dtype)
@@ -93,8 +91,11 @@ class Rows:
     def init_(self, generator: torch.Generator, std: float | None = None) -> None:
         raise NotImplementedError
 
-    def gauges(self) -> dict[str, Tensor]:
-        return self.usage.told() if self.usage is not None and torch.is_grad_enabled() else {}
+    def gauges(self, ids: Tensor, weights: Tensor, count: int | None = None) -> dict[str, Tensor]:
+        """Counts what a training step reads, of `count` things (None: the rows); tells it when it is time to."""
+        if self.usage is None or not torch.is_grad_enabled():
+            return {}
+        return self.usage.add(ids, weights, count or self.pool.cfg.seen())
 
 
 class ValuePool(nn.Module, Rows):
@@ -146,6 +147,17 @@ def claim(name: str | None, rows: int, width: int, pools: Mapping[str, nn.Module
     found = pool.cfg.seen(), pool.width
     require(found == (rows, width), f"pool {name!r} shows a layer {found[0]} rows of width {found[1]}; this layer needs {rows} x {width}.")
     return Borrowed(pool)
+
+
+def watch(model: nn.Module) -> list[Usage]:
+    """From now on every layer that reads a table counts what it reads."""
+    found = []
+    for module in model.modules():
+        for held in () if isinstance(module, nn.ModuleDict) else (*module.children(), *vars(module).values()):
+            if isinstance(held, Rows):
+                held.usage = Usage()
+                found.append(held.usage)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ size

@@ -14,24 +14,23 @@ from torch import Tensor
 
 
 class Usage:
-    """One layer's. due: the next call of the layer reports, in its aux, and counting begins again."""
+    """One layer's. due: the next call reports, and counting begins again."""
 
-    def __init__(self, rows: int, device: torch.device):
-        self.mass = torch.zeros(rows, device=device)
+    def __init__(self) -> None:
+        self.mass: Tensor | None = None
         self.due = False
 
     @torch.no_grad()
-    def add(self, ids: Tensor, weights: Tensor) -> None:
-        """ids [..., R], weights [..., R] or [..., R, h]. Scores may be negative: their size counts."""
+    def add(self, ids: Tensor, weights: Tensor, count: int) -> dict[str, Tensor]:
+        """ids [...] below count, weights [...] or [..., h]. Scores may be negative: their size counts."""
+        if self.mass is None or self.mass.device != ids.device:
+            self.mass = torch.zeros(count, device=ids.device)
         sizes = weights.abs().float()
         each = sizes if weights.ndim == ids.ndim else sizes.mean(-1)
         self.mass.index_add_(0, ids.flatten().long(), each.flatten())
-
-    @torch.no_grad()
-    def told(self) -> dict[str, Tensor]:
         if not self.due:
             return {}
         z = self.mass / self.mass.sum().clamp(min=1e-30)
-        found = {"usage": (z > 0).float().mean(), "unevenness": math.log(len(z)) + torch.special.xlogy(z, z).sum()}
+        found = {"usage": (z > 0).float().mean(), "unevenness": math.log(count) + torch.special.xlogy(z, z).sum()}
         self.mass.zero_()
         return found
