@@ -10,6 +10,8 @@ import torch
 from memarch import LM, LMConfig, create_model, decode, from_pretrained
 from memarch import state as states
 from memarch.cli import main
+from memarch.kernels.weighted_bag import weighted_bag
+from memarch.layers import ChannelConfig
 
 MIXER = {"kind": "gated_delta", "heads": 2}
 BASE = {"vocab_size": 32, "dim": 16, "layers": 2, "parts": {"A": {"mixer": MIXER}}}
@@ -25,6 +27,10 @@ def layer(**mixer):
 
 def tokens(*ids):
     return torch.tensor([list(ids)])
+
+
+def layer_alone(**said):
+    return decode(ChannelConfig, said).build(16)
 
 
 def other_state(**changes):
@@ -53,6 +59,11 @@ PYTHON = {
         lambda: model(parts={"A": {"ffn": {"kind": "pkm", "keys": 8, "topk": 2, "pool": "facts"}}}, pools={"facts": {"rows": 9}}),
         ["'facts'", "9 x 16", "64 x 16"],
     ),
+    "a table too large": (lambda: layer_alone(kind="pkm", keys=2**22), ["17,592,186,044,416 x 16", "1,024.0 TiB", "GiB free", "fewer keys"]),
+    "cores do not divide": (lambda: layer_alone(kind="ultramem", value_dim=7), ["cores 2", "divide the value width 7"]),
+    "Tucker rank 0": (lambda: layer_alone(kind="ultramem_v2", rank=0), ["rank", "at least 1", "got 0"]),
+    "NaN queries": (lambda: layer_alone(kind="pkm", keys=8, topk=2)(torch.full((1, 1, 16), torch.nan)), ["NaN", "queries", "overflowed"]),
+    "ids outside the table": (lambda: weighted_bag(torch.zeros(4, 2), torch.tensor([[4]]), torch.ones(1, 1)), ["id 4", "0 .. 3", "4 rows"]),
     "a branch that adds before it reads": (
         lambda: model(parts={"A": {"mixer": MIXER, "ffn": {"kind": "swiglu"}}}, branches=[{"reads": 1, "adds": 0, "layer": {"kind": "swiglu"}}]),
         ["branches[0]", "reads <= adds"],

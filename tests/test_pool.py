@@ -118,5 +118,5 @@ def test_bad_pools(said, words):
 
 
 def test_a_layer_says_what_window_it_needs():
-    with pytest.raises(ConfigError, match="shows a layer 512 rows of width 64; this layer needs 1024 x 64"):
+    with pytest.raises(ConfigError, match="shows a layer 512 x 64; this layer needs 1024 x 64"):
         create_model("pkm-tiny", set={"pools.facts": {"rows": 1024, "window": 512}})

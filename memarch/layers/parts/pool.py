@@ -145,7 +145,7 @@ def claim(name: str | None, rows: int, width: int, pools: Mapping[str, nn.Module
     pool = pools[name]
     assert isinstance(pool, ValuePool)
     found = pool.cfg.seen(), pool.width
-    require(found == (rows, width), f"pool {name!r} shows a layer {found[0]} rows of width {found[1]}; this layer needs {rows} x {width}.")
+    require(found == (rows, width), f"pool {name!r} shows a layer {found[0]} x {found[1]}; this layer needs {rows} x {width}.")
     return Borrowed(pool)
 
 
