@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
-from memarch import create_model
+from memarch import create_model, from_pretrained
+from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers import MemoryPlusConfig, PKMConfig
 from zoo import DIM, F64, close, noisy
 
@@ -72,3 +74,36 @@ def test_the_presets_are_the_papers():
         memory = config.parts["K"].ffn.num_params(width)
         assert config.pools["facts"].rows == 1024**2
         assert config.num_params() - config.pools["facts"].num_params(width) + 3 * (3 * width * hidden - memory) == pytest.approx(said, rel=0.005)
+
+
+def test_columns_may_live_apart():
+    """Each of four devices holds a quarter of the columns and sums it for all tokens: to the bit what one device does."""
+    torch.manual_seed(0)
+    table, ids, weights = torch.randn(50, 16), torch.randint(50, (7, 6)), torch.randn(7, 6)
+    parts = [part.contiguous().requires_grad_() for part in table.chunk(4, 1)]
+    whole, w, each = table.clone().requires_grad_(), weights.clone().requires_grad_(), weights.clone().requires_grad_()
+    y, z = weighted_bag(whole, ids, w), torch.cat([weighted_bag(part, ids, each) for part in parts], -1)
+    assert torch.equal(y, z)
+    dy = torch.randn(7, 16)
+    y.backward(dy)
+    z.backward(dy)
+    assert torch.equal(whole.grad, torch.cat([part.grad for part in parts], 1))
+    close(each.grad, w.grad, "gradient of weights", 1e-6)  # a sum of four parts, in another order
+
+
+def test_sharing_survives_the_file(tmp_path):
+    model = create_model("memory-plus-tiny")
+    model.save_pretrained(tmp_path)
+    with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
+        assert [name for name in file.keys() if name.endswith("table")] == ["backbone.pools.facts.table"]  # noqa: SIM118 not a dict
+    again = from_pretrained(tmp_path)
+    first, second = (again.backbone.blocks[i].ffn for i in (0, 2))
+    assert first.values.pool is second.values.pool is again.backbone.pools["facts"]
+    assert torch.equal(first.values.pool.table, model.backbone.pools["facts"].table)
+
+
+def test_no_gate_input_no_output():
+    layer = noisy(MemoryPlusConfig(keys=6, heads=2, topk=4, query_dim=8).build(DIM))
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+    assert (layer(inputs()).y == 0).all()
