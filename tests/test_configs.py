@@ -5,16 +5,18 @@ import copy
 import pytest
 import torch
 
+from memarch import kernels
 from memarch.arguments import TREES, get
 from memarch.config import ConfigError, decode
 from memarch.config_file import read, shipped
+from memarch.data import Facts
 from memarch.data.module import TokenData
 from memarch.layers import MIXERS
 from memarch.models.lm import LM, LMConfig
 from memarch.run import RunConfig
 from memarch.training import main
 
-FILES = [f"configs/{file.relative_to(shipped())}" for kind in ("recall", "text") for file in sorted((shipped() / kind).glob("*.yaml"))]
+FILES = [f"configs/{file.relative_to(shipped())}" for kind in ("recall", "text", "facts") for file in sorted((shipped() / kind).glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("folder", ["recall", "text"])
@@ -23,6 +25,28 @@ def test_there_is_one_per_kind(folder):
     for kind in MIXERS:
         config = decode(LMConfig, read(f"configs/{folder}/{'transformer' if kind == 'attention' else kind}.yaml")["model"])
         assert kind in {config.block(i).mixer.kind for i in range(config.layers)}
+
+
+FACTS = {"dense": "swiglu", "moe": "moe", "pkm": "pkm", "memory_plus": "memory_plus", "peer": "peer", "ultramem": "ultramem", "ultramem_v2": "ultramem_v2"}
+
+
+def test_facts_are_compared_at_equal_flops_and_tables_at_equal_parameters():
+    """The runs differ in one layer alone, and that layer costs what the feed-forward costs."""
+    runs = {name: read(f"configs/facts/{name}.yaml") for name in FACTS}
+    tokens, flops, parameters = Facts().batch(0, range(2)).tokens, {}, {}
+    for name, data in runs.items():
+        config = decode(LMConfig, data["model"])
+        assert config.block(1).ffn.kind == FACTS[name]
+        model = LM(config)
+        with kernels.flop_counter() as counter:
+            model(tokens)
+        flops[name], parameters[name] = counter.get_total_flops(), config.num_params()
+        data["model"]["parts"]["F"]["ffn"] = None
+    assert all(data == runs["dense"] for data in runs.values())
+    dense = parameters.pop("dense")
+    assert flops == pytest.approx(dict.fromkeys(runs, flops["dense"]), rel=0.01)
+    assert parameters == pytest.approx(dict.fromkeys(parameters, parameters["pkm"]), rel=0.02)
+    assert dense < parameters["pkm"] / 2
 
 
 @pytest.mark.parametrize("file", FILES)

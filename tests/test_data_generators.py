@@ -1,4 +1,4 @@
-"""The recall generators: pure functions of (config, seed, index), solved by a program that knows the definition, distributed as defined."""
+"""The recall generators and random facts: pure functions of (config, seed, index), solved by a program that knows the definition, distributed as defined."""
 
 import random
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from memarch.data import DATA, MQAR, SPLITS, Copy, Needle, SelectiveCopy, split_of, split_seed
+from memarch.data import DATA, MQAR, SPLITS, Copy, Facts, Needle, SelectiveCopy, split_of, split_seed
 from memarch.data.draw import Draw
 
-GENERATORS = [
+RECALL = [  # the answer stands in the row
     MQAR(settings=((32, 4),), vocab_size=64),
     MQAR(settings=((32, 8),), vocab_size=40, filler="zero"),  # every slot is taken
     MQAR(settings=((128, 20),), vocab_size=8192, power=1.0),
@@ -22,8 +22,16 @@ GENERATORS = [
     Needle(length=6, value_len=1, vocab_size=10, depth=1.0),
     Needle(length=60, needles=12, value_len=1, depth=0.0),
 ]
-ids = [f"{g.kind}-{i}" for i, g in enumerate(GENERATORS)]
-each = pytest.mark.parametrize("source", GENERATORS, ids=ids)
+FACTS = [
+    Facts(facts=4096, asked=32),
+    Facts(facts=250, asked=7, vocab_size=19, world=5),  # rows end where passes do not
+    Facts(facts=600, asked=10, key_length=3, vocab_size=10, sets=3, passes=2),
+    Facts(facts=64, asked=5, key_length=1, vocab_size=64, sets=2),  # every key is taken
+]
+GENERATORS = [*RECALL, *FACTS]
+each = pytest.mark.parametrize("source", GENERATORS, ids=[f"{g.kind}-{i}" for i, g in enumerate(GENERATORS)])
+each_recall = pytest.mark.parametrize("source", RECALL, ids=[f"{g.kind}-{i}" for i, g in enumerate(RECALL)])
+each_facts = pytest.mark.parametrize("source", FACTS, ids=range(len(FACTS)))
 
 
 def same(a, b):
@@ -68,7 +76,7 @@ def test_global_generators_are_neither_read_nor_moved(source):
 def test_shapes_and_ranges(source):
     batch = source.batch(0, range(50))
     length = source.length
-    assert batch.tokens.shape == batch.targets.shape == batch.meta["gap"].shape == (50, length)
+    assert batch.tokens.shape == batch.targets.shape == (50, length)
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.starts is None
     assert batch.lengths is None
@@ -78,14 +86,16 @@ def test_shapes_and_ranges(source):
     assert scored.any(dim=1).all()
     assert batch.targets[scored].min() >= 0
     assert batch.targets[scored].max() < source.vocab_size
+
+
+@each_recall
+def test_the_answer_stands_gap_tokens_back(source):
+    batch = source.batch(5, range(50))
+    scored = batch.targets != -100
+    assert batch.meta["gap"].shape == batch.tokens.shape
     assert (batch.meta["gap"][scored] > 0).all()
     assert (batch.meta["gap"][~scored] == 0).all()
     assert source.rows(0) is None
-
-
-@each
-def test_the_answer_stands_gap_tokens_back(source):
-    batch = source.batch(5, range(50))
     b, t = torch.nonzero(batch.targets != -100, as_tuple=True)
     assert torch.equal(batch.tokens[b, t - batch.meta["gap"][b, t]], batch.targets[b, t])
 
@@ -121,6 +131,8 @@ GOLDEN = {
     "copy": [[2, 6, 2, 14, 14, 14, 15, 14, 14, 14]],
     "selective_copy": [[14, 14, 14, 14, 2, 6, 14, 2, 15, 14, 14, 14]],
     "needle": [[0, 8, 21, 45, 53, 43, 62, 0, 10, 26, 1, 10]],
+    "facts": [[14, 8, 9, 28, 31, 19, 5, 13]],
+    "values": [[26, 0, 4, 29]],
 }
 
 
@@ -130,6 +142,9 @@ def test_samples_of_a_seed_never_change():
     assert Copy(length=10, copies=3).batch(0, [0]).tokens.tolist() == GOLDEN["copy"]
     assert SelectiveCopy(length=12, copies=3).batch(0, [0]).tokens.tolist() == GOLDEN["selective_copy"]
     assert Needle(length=12, needles=2).batch(0, [0]).tokens.tolist() == GOLDEN["needle"]
+    facts = Facts(facts=100, asked=4, vocab_size=32).batch(0, [0])
+    assert facts.tokens.tolist() == GOLDEN["facts"]
+    assert facts.targets[:, 1::2].tolist() == GOLDEN["values"]
 
 
 def test_the_table_names_every_kind():
@@ -158,7 +173,7 @@ def solve(source, tokens):
     return lambda t: data[t - (length - source.copies)]
 
 
-@each
+@each_recall
 def test_a_solver_scores_every_sample(source):
     batch = source.batch(9, range(300))
     for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
@@ -304,6 +319,66 @@ def test_needle_filler_holds_no_key_and_no_value():
         assert sum(t < 2 + 2 * n.keys for t in row) == 4 * 4 + 3  # the needles and the question, nothing else
 
 
+# ------------------------------------------------------------------------------------------------ facts
+
+
+def questions(source, seed, count):
+    """The first questions of a seed, in order: keys [count, key_length], values and numbers of facts [count]."""
+    batch = source.batch(seed, range(-(-count // source.asked)))
+    keys = batch.tokens.reshape(-1, source.key_length)[:count]
+    values = batch.targets[:, source.key_length - 1 :: source.key_length].flatten()[:count]
+    assert (batch.targets != -100).sum() == batch.meta["fact"].numel()
+    return [tuple(key) for key in keys.tolist()], values.tolist(), batch.meta["fact"].flatten()[:count].tolist()
+
+
+@each_facts
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_key_has_one_value_whoever_asks(source, split):
+    """What was learned from one seed answers every other: keys never collide, and the world is the same."""
+    known = {}
+    for seed in (split_seed(0, "train"), split_seed(3, split)):
+        for key, value, fact in zip(*questions(source, seed, 2 * source.sets * source.facts), strict=True):
+            assert known.setdefault(key, (value, fact)) == (value, fact)
+    assert len(known) == source.facts
+    assert sorted(fact for _, fact in known.values()) == list(range(source.facts))
+
+
+@each_facts
+def test_a_pass_asks_every_fact_once_and_the_next_in_another_order(source):
+    _, _, facts = questions(source, split_seed(1, "val"), 3 * source.facts)
+    passes = [facts[i * source.facts : (i + 1) * source.facts] for i in range(3)]
+    assert all(sorted(one) == list(range(source.facts)) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert questions(source, split_seed(2, "val"), source.facts)[2] != passes[0]
+    assert source.rows(split_seed(1, "val")) == source.facts // source.asked
+
+
+def test_stages_follow_one_another_in_training_alone():
+    source = Facts(facts=600, asked=10, key_length=3, vocab_size=10, sets=3, passes=2)
+    stage = source.passes * source.facts // (source.sets * source.asked)  # rows
+    for number, first in ((0, 0), (1, stage), (2, 2 * stage), (2, 50 * stage)):
+        asked = source.batch(0, range(first, first + stage)).meta["fact"].flatten().tolist()
+        assert sorted(asked) == sorted(2 * list(range(200 * number, 200 * number + 200)))
+    mixed = Facts(facts=600, asked=10, key_length=3, vocab_size=10, sets=3)
+    for split in ("val", "test"):
+        same(source.batch(split_seed(0, split), range(60)), mixed.batch(split_seed(0, split), range(60)))
+    assert set(mixed.batch(0, range(5)).meta["fact"].flatten().div(200, rounding_mode="floor").tolist()) == {0, 1, 2}
+
+
+def test_worlds_are_random_and_unrelated():
+    """Values are uniform and say nothing about their key; another world has other keys and values for the same facts."""
+    numbers = np.arange(20000)
+    (keys, values), (others, different) = (Facts(world=world).tell(numbers) for world in (0, 1))
+    for x in (values, keys[:, 0], keys[:, 1]):
+        chi_square(np.bincount(x, minlength=256), np.full(256, 20000 / 256))
+    for x, y in ((keys[:, 0], values), (keys[:, 1], values), (keys[:, 0], keys[:, 1]), (values[1:], values[:-1]), (values, different), (keys, others)):
+        assert abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 0.03
+    codes = keys @ [256, 1]
+    assert (Facts(world=0).order(0, numbers) != codes).mean() > 0.99  # the world's hash is not the one that orders questions
+    few = Facts(facts=16).tell(np.arange(16))
+    assert all((a == b[:16]).all() for a, b in zip(few, (keys, values), strict=True))  # more facts are a larger part of the same world
+
+
 # ------------------------------------------------------------------------------------------------ errors that teach
 
 BAD = [
@@ -324,6 +399,15 @@ BAD = [
     (lambda: Needle(value_len=0), r"value_len = 0"),
     (lambda: Needle(depth=1.5), r"depth = 1\.5: must lie in 0 \.\. 1"),
     (lambda: Needle(vocab_size=9), r"vocab_size = 9: must be at least 10"),
+    (lambda: Facts(facts=0), r"facts = 0: must be at least 1"),
+    (lambda: Facts(asked=0), r"asked = 0: must be at least 1"),
+    (lambda: Facts(vocab_size=1, facts=1), r"vocab_size = 1: must be at least 2"),
+    (lambda: Facts(facts=65537), r"facts = 65537: vocab_size 256 and key_length 2 make 65536 distinct keys: raise one of them"),
+    (lambda: Facts(key_length=8), r"256\^8 keys are too many to number; take a shorter key"),
+    (lambda: Facts(sets=3), r"sets = 3: .* must divide facts = 65536"),
+    (lambda: Facts(sets=2, passes=0), r"passes = 0: must be at least 1, or null"),
+    (lambda: Facts(passes=5), r"there is one set: set sets: 2"),
+    (lambda: Facts(world=-1), r"world = -1: must lie in 0"),
 ]
 
 

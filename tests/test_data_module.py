@@ -84,10 +84,11 @@ def test_one_more_field_keeps_the_kind_and_the_others(monkeypatch, tmp_path, kin
         "shards": {"path": "there"},
         "text": {"held_out": 0.1},
         "needle": {"needles": 3},
+        "facts": {"facts": 512},
     }
     file = tmp_path / "a.yaml"
     file.write_text(json.dumps({"data": {part: {"kind": kind, **given.get(kind, {"copies": 3})} for part in ("train", "val")}}))
-    field = "vocab_size" if kind == "mqar" else "length"
+    field = "vocab_size" if kind in ("mqar", "facts") else "length"
     data = cli(monkeypatch, "--config", str(file), f"--data.train.{field}=120", f"--data.val.{field}", "120")
     expected = dataclasses.replace(decode(DATA[kind], {"kind": kind, **given.get(kind, {"copies": 3})}), **{field: 120})
     assert data.train == data.val == expected

@@ -1,5 +1,6 @@
 """What an evaluation says is what the model does: the same in pieces as whole, right for models whose answers are known, and readable again."""
 
+import dataclasses
 import json
 import math
 import struct
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memarch import ConfigError, LMOutput, create_model
-from memarch.data import MQAR, Copy, Needle, SelectiveCopy, Shards, Text
+from memarch.data import MQAR, Copy, Facts, Needle, SelectiveCopy, Shards, Text
 from memarch.evaluation import TASKS, estimate, evaluate, like, make_task, plots, report
 from memarch.evaluation.size import state_size
 from memarch.evaluation.stream import score
@@ -23,6 +24,7 @@ SMALL = {
     "copy": {"lengths": (24, 40), "copies": (4, 8), "examples": 6},
     "selective_copy": {"lengths": (24, 40), "copies": (4, 8), "examples": 6},
     "needle": {"lengths": (32, 64), "depths": (0.0, 0.5, 1.0), "examples": 6, "value_len": 2},
+    "facts": {"facts": 250, "sets": 2, "asked": 8},
     "text": {"tokens": 600, "context": 250},
 }
 
@@ -53,6 +55,20 @@ class Uniform(Copycat):
         return LMOutput(torch.zeros(*tokens.shape, 256), ())
 
 
+class Knows(Copycat):
+    """Knows some facts of a world and guesses where it knows nothing. With `wrong` it is sure of another value. Its state is the last token."""
+
+    def __init__(self, world: Facts, facts, wrong: int = 0):
+        super().__init__()
+        keys, values = world.tell(np.array(facts))
+        self.logits = torch.zeros(256, 256, 256)
+        self.logits[keys[:, 0], keys[:, 1], (values + wrong) % 256] = 100.0
+
+    def forward(self, tokens, state=None, *, lengths=None):
+        before = torch.cat([torch.zeros_like(tokens[:, :1]) if state is None else state[0], tokens[:, :-1]], 1)
+        return LMOutput(self.logits[before, tokens] + self.weight, (tokens[:, -1:],))
+
+
 # ------------------------------------------------------------------------------------------------ pieces and the whole
 
 
@@ -63,11 +79,11 @@ def test_streamed_in_ragged_pieces_equals_whole(task, name):
     whole = evaluate(model, task, chunk=10**6, **SMALL[task])
     pieces = evaluate(model, task, chunk=13, batch_size=4, **SMALL[task])
     assert len(whole.rows) == len(pieces.rows) > 0
-    for part in whole.parts:
-        for a, b in zip((*whole.rows, *whole.parts[part]), (*pieces.rows, *pieces.parts[part]), strict=True):
-            assert a.keys() == b.keys()
-            for key in a:
-                assert a[key] == b[key] or math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-5), key
+    ours, theirs = ([*table.rows, *(row for part in whole.parts for row in table.parts[part])] for table in (whole, pieces))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == b[key] or math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-5), key
 
 
 def test_rows_that_end_early_score_as_alone():
@@ -134,6 +150,34 @@ def test_uniform_guessing_costs_eight_bits_a_byte(tmp_path):
     assert max(part["position"] for part in cut.parts["position"]) == 32
 
 
+def test_facts_known_are_counted_set_by_set():
+    world = Facts(facts=1000, sets=2, world=3)
+    model = Knows(world, range(400))
+    table = evaluate(model, "facts", facts=1000, sets=2, world=3)
+    first, second = table.rows
+    guessed = [(world.tell(np.arange(low, high))[1] == 0).sum() for low, high in ((400, 500), (500, 1000))]  # the arg max of nothing is token 0
+    assert table.value(set=0) == (400 + guessed[0]) / 500 and table.value(set=1) == guessed[1] / 500
+    assert first["bits"] == pytest.approx(400 * 8) and second["bits"] == pytest.approx(0, abs=1e-2)
+    assert first["stored"] == pytest.approx(500 * (table.value(set=0) - 1 / 256) / (1 - 1 / 256))
+    assert first["bits_per_parameter"] == pytest.approx(3200 / model.config.num_params())
+    assert first["bits_per_active_parameter"] == pytest.approx(3200 / model.config.active_params())
+    assert [(row["facts"], row["answers"]) for row in table.rows] == [(500, 500)] * 2
+
+
+def test_other_worlds_and_wrong_beliefs_are_worth_nothing():
+    world = Facts(facts=1000)
+    for model in (Knows(world, range(1000), wrong=1), Knows(Facts(facts=1000, world=1), range(1000)), Uniform()):
+        (row,) = evaluate(model, "facts", facts=1000).rows
+        assert row["accuracy"] < 0.02 and row["stored"] < 20 and row["bits"] == pytest.approx(0, abs=1e-2)
+
+
+def test_a_sample_of_many_facts_speaks_for_all():
+    model = Knows(Facts(), range(0, 65536, 2))
+    (row,) = evaluate(model, "facts", questions=3000).rows
+    assert row["answers"] == 3000 and row["facts"] == 65536
+    assert abs(row["accuracy"] - 0.5) < 4 * row["error"] < 0.05 and abs(row["stored"] / 32768 - 1) < 0.1
+
+
 def test_a_limit_of_tokens_is_kept():
     assert evaluate(Uniform(), "text", tokens=321).rows[0]["tokens"] == 321
 
@@ -184,6 +228,11 @@ def test_like_asks_for_what_was_trained(data, kind, first):
         assert task.vocab_size == data.vocab_size
 
 
+def test_like_asks_about_the_world_that_was_trained():
+    source = Facts(facts=600, asked=10, key_length=3, vocab_size=10, world=4, sets=3, passes=2)
+    assert like(source).plan(256) == dataclasses.replace(source, passes=None)
+
+
 def test_like_refuses_what_it_does_not_know():
     with pytest.raises(ConfigError, match=r"no task asks for what int trains"):
         like(3)
@@ -210,6 +259,9 @@ BAD = {
     "vocabulary": (lambda: evaluate(Uniform(), "mqar", vocab_size=512), r"vocab_size = 512: the model knows 256 tokens"),
     "text of other tokens": (lambda: evaluate(Copycat(vocab_size=100), "text"), r"256 different tokens and the model knows 100"),
     "no such text": (lambda: evaluate(Uniform(), "text", path="/no/such/file"), r"no such file or folder"),
+    "facts without keys": (lambda: evaluate(Uniform(), "facts", facts=70000), r"key_length 2 make 65536 distinct keys"),
+    "facts of other tokens": (lambda: evaluate(Uniform(), "facts", vocab_size=512), r"vocab_size = 512: the model knows 256 tokens"),
+    "no question": (lambda: make_task("facts", questions=0), r"questions = 0: must be at least 1, or null for every fact"),
     "cell": (lambda: evaluate(Uniform(), "copy", examples=2).value(length=3), r"0 cells match .*Cells: length 64, copies 8;"),
 }
 
@@ -252,6 +304,20 @@ def test_figures_have_the_width_of_a_column(task, tables, tmp_path):
     (file,) = plots.save(plots.draw(tables[task]), tmp_path / "figure")
     width, height = size_of(file)
     assert 3.2 * 200 < width < 3.5 * 200 and height < 5 * 200
+
+
+def test_a_run_of_an_ablation_keeps_what_cells_measure(tables, tmp_path):
+    from memarch.ablation.folder import evaluated
+
+    for task, table in tables.items():
+        report.write(table, tmp_path)
+        row = evaluated(tmp_path / f"{task}.json")
+        assert row[task] == pytest.approx(table.mean()) and [cell["value"] for cell in row["cells"]] == [cell[table.metric] for cell in table.rows]
+        assert "error" not in row  # that is the run's own
+    assert "perplexity" in evaluated(tmp_path / "text.json")
+    facts = evaluated(tmp_path / "facts.json")
+    assert facts["bits"] == pytest.approx(np.mean([cell["bits"] for cell in tables["facts"].rows]))
+    assert facts.keys() == {"facts", "accuracy, set 0", "accuracy, set 1", "stored", "bits", "bits_per_parameter", "bits_per_active_parameter", "cells"}
 
 
 def test_show_prints_every_cell(tables):

@@ -46,11 +46,13 @@ def measured(folder: Path) -> Row:
 
 
 def evaluated(file: Path) -> Row:
-    """A column per cell, and their mean under the task's name; the cells once more for the figure."""
+    """A column per cell, and their mean under the task's name; the mean of whatever else cells measure; the cells once more for the figure."""
     table = read(file)
     varies = [axis for axis in table.axes if len({row[axis] for row in table.rows}) > 1]
     cells = {f"{table.metric}, {label({axis: row[axis] for axis in varies})}": row[table.metric] for row in table.rows if varies}
-    return {table.task: table.mean(), **cells, "cells": [{**table.settings(row), "value": row[table.metric]} for row in table.rows]}
+    also = [name for name, value in table.rows[0].items() if isinstance(value, float) and name not in (table.metric, "error", *table.axes)]
+    means = {name: sum(row[name] for row in table.rows) / len(table.rows) for name in also}
+    return {table.task: table.mean(), **cells, **means, "cells": [{**table.settings(row), "value": row[table.metric]} for row in table.rows]}
 
 
 def last_row(file: Path) -> dict[str, str]:

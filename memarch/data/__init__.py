@@ -1,4 +1,4 @@
-"""Data: recall generators, text, token shards. Every sample is a pure function of (config, seed, index); no model is known here.
+"""Data: recall generators, random facts, text, token shards. Every sample is a pure function of (config, seed, index); no model is known here.
 
 `memarch.data.module.TokenData` is the Lightning side and is imported by whoever trains; this package needs torch and numpy only.
 """
@@ -6,6 +6,7 @@
 from memarch.data.batch import Batch, Source
 from memarch.data.copying import Copy
 from memarch.data.draw import SPLITS, split_of, split_seed
+from memarch.data.facts import Facts
 from memarch.data.mqar import MQAR
 from memarch.data.needle import Needle
 from memarch.data.order import Steps, share
@@ -13,13 +14,14 @@ from memarch.data.selective_copy import SelectiveCopy
 from memarch.data.shards import Shards
 from memarch.data.text import Text
 
-DataConfig = MQAR | Copy | SelectiveCopy | Needle | Text | Shards
+DataConfig = MQAR | Copy | SelectiveCopy | Needle | Facts | Text | Shards
 
 DATA: dict[str, type] = {
     "mqar": MQAR,
     "copy": Copy,
     "selective_copy": SelectiveCopy,
     "needle": Needle,
+    "facts": Facts,
     "text": Text,
     "shards": Shards,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "Batch",
     "Copy",
     "DataConfig",
+    "Facts",
     "Needle",
     "SelectiveCopy",
     "Shards",

@@ -1,4 +1,4 @@
-"""What a trained model can do: recall over length, copying, the needle, text. Every task is a config; every answer is a Table.
+"""What a trained model can do: recall over length, copying, the needle, facts in weights, text. Every task is a config; every answer is a Table.
 
     from memarch.evaluation import evaluate
     table = evaluate(model, "mqar", lengths=(64, 512), pairs=(4, 8), filler="zero")
@@ -16,8 +16,9 @@ from typing import Any, Union
 import torch
 
 from memarch.config import ConfigError, allowed, decode, digest, encode
-from memarch.data import MQAR, Copy, Needle, SelectiveCopy
+from memarch.data import MQAR, Copy, Facts, Needle, SelectiveCopy
 from memarch.data.packed import Packed
+from memarch.evaluation.facts import FactsTask
 from memarch.evaluation.perplexity import TextTask
 from memarch.evaluation.recall import CopyTask, MQARTask, NeedleTask, SelectiveCopyTask
 from memarch.evaluation.table import Advance, Estimate, Table, estimate
@@ -27,6 +28,7 @@ TASKS = {
     "copy": CopyTask,
     "selective_copy": SelectiveCopyTask,
     "needle": NeedleTask,
+    "facts": FactsTask,
     "text": TextTask,
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "TASKS",
     "CopyTask",
     "Estimate",
+    "FactsTask",
     "MQARTask",
     "NeedleTask",
     "SelectiveCopyTask",
@@ -98,6 +101,10 @@ def like(source: Any) -> Any:
     if isinstance(source, Needle):
         return NeedleTask(
             lengths=tuple(source.length * n for n in (1, 2, 4, 8)), needles=source.needles, value_len=source.value_len, vocab_size=source.vocab_size
+        )
+    if isinstance(source, Facts):
+        return FactsTask(
+            facts=source.facts, asked=source.asked, key_length=source.key_length, world=source.world, sets=source.sets, vocab_size=source.vocab_size
         )
     if isinstance(source, Packed):
         return TextTask(path=getattr(source, "path", None))

@@ -218,7 +218,12 @@ def position(table: Table) -> Figure:
     return fig
 
 
-FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "text": position}
+def bars(table: Table) -> Figure:
+    """Cells below each other."""
+    return strip([{**table.settings(row), "value": row[table.metric]} for row in table.rows], table.axes, table.metric)
+
+
+FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "facts": bars, "text": position}
 
 
 def draw(table: Table) -> Figure:
