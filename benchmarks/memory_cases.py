@@ -1,16 +1,26 @@
-"""The sparse-lookup ops against what a user could write with torch. `ours` is what runs here: C++ once `memarch warmup` has built it."""
+"""The sparse-lookup ops, layers and training steps against what a user could write with torch or install. `ours` is what runs here: C++ once
+`memarch warmup` has built it.
 
-from collections.abc import Iterator
+`python -m benchmarks.memory_cases` says how much memory a training step of a large table takes, by optimiser."""
+
+import itertools
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import peers
 from benchmarks.cases import Case, draw
 from memarch.kernels.product_key_topk import product_key_topk
 from memarch.kernels.tucker_topk import principal, tucker_topk
 from memarch.kernels.weighted_bag import weighted_bag
+from memarch.layers import PEERConfig, PKMConfig, ValuePool
+from memarch.optim import OptimConfig, build, clip
 
 
 @cache
@@ -114,6 +124,80 @@ def tucker(n: int = 512, k: int = 32, r: int = 2, Q: int = 4096) -> Case:
     return Case("tucker_topk", f"queries={Q} n={n} r={r} k={k} fp32", [draw(Q, r, n), draw(Q, r, n, seed=1)], providers)
 
 
+class Step:
+    """As a provider: the forward of a bag; if the weights want a gradient, the whole training step of its table, on other rows every time.
+    All share one table of values; moments are made at the first step."""
+
+    def __init__(self, name: str, N: int, d: int, tokens: int, R: int):
+        self.name, self.N, self.d = name, N, d
+        source = torch.Generator().manual_seed(0)
+        self.ids = itertools.cycle([torch.randint(0, N, (tokens, R), generator=source) for _ in range(8)])
+
+    def prepare(self) -> None:
+        with torch.device("meta"):
+            self.pool = ValuePool(self.N, self.d)
+        self.pool.table = nn.Parameter(table(self.N, self.d))
+        if self.name == "SparseAdam":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SparseAdam([{"name": "tables", "params": [self.pool.table]}], lr=1e-3)
+            self.pool.sparse_grad = True
+        else:
+            self.optimizer, _ = build(self.pool, OptimConfig(schedule="constant", tables=self.name), None)  # type: ignore[arg-type]
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        if not hasattr(self, "pool"):
+            self.prepare()
+        ids = next(self.ids)
+        y = weighted_bag(self.pool.table, ids, weights, sparse_grad=self.pool.sparse_grad)
+        if not weights.requires_grad:
+            return y
+        y.square().sum().backward()
+        clip(self.optimizer, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return weights[:0].sum()
+
+
+STEPS = {"ours": "lazy", "ours, one second moment a row": "row", "ours, dense AdamW": "dense", "torch SparseAdam": "SparseAdam"}
+
+
+def step(N: int = 2**22, d: int = 64, tokens: int = 4096, R: int = 32) -> Case:
+    shape = f"N=4M d={d} tokens={tokens} R={R} uniform, fwd+bwd: the whole step fp32"
+    return Case("table training step", shape, [draw(tokens, R)], {who: Step(name, N, d, tokens, R) for who, name in STEPS.items()}, same=False)
+
+
+def trained(build: peers.Build) -> Callable[[Tensor], Tensor]:
+    """A layer as its optimiser finds it, without gradients; made at its first call, for tables are large."""
+    made = cache(build)
+
+    def call(x: Tensor) -> Tensor:
+        made().zero_grad()
+        y = made()(x)
+        return y if isinstance(y, Tensor) else y.y
+
+    return call
+
+
+def sparse(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        if isinstance(module, ValuePool):
+            module.sparse_grad = True
+    return layer
+
+
+def peer(D: int = 256, n: int = 256, H: int = 8, k: int = 16, tokens: int = 2048) -> Case:
+    config = PEERConfig(keys=n, heads=H, topk=k, query_dim=D, query_norm="none", keys_per_head=True)
+    ours = cache(lambda: sparse(config.build(D)))
+    providers = {name: trained(build) for name, build in {"ours": ours, **peers.peer(ours)}.items()}
+    return Case("peer layer", f"experts={n}^2 D={D} H={H} k={k} tokens={tokens} fp32", [draw(1, tokens, D)], providers)
+
+
+def pkm(D: int = 256, n: int = 1024, H: int = 4, k: int = 32, tokens: int = 2048) -> Case:
+    config = PKMConfig(keys=n, heads=H, topk=k, query_dim=D, query_norm="none")
+    ours = cache(lambda: sparse(config.build(D)))
+    providers = {name: trained(build) for name, build in {"ours": ours, **peers.pkm(ours)}.items()}
+    return Case("pkm layer", f"rows={n}^2 D={D} H={H} k={k} tokens={tokens} fp32", [draw(1, tokens, D)], providers)
+
+
 def cases() -> Iterator[Case]:
     yield from (bag(2**20, 256, zipf) for zipf in (False, True))
     yield bag(2**16, 256, zipf=False)
@@ -122,3 +206,24 @@ def cases() -> Iterator[Case]:
     yield from (topk(256, k) for k in (1, 4, 16, 32))
     yield from (topk(1024, 32), topk(256, 128, Q=4096))
     yield tucker()
+    yield peer()
+    yield pkm()
+    yield step()
+
+
+def main() -> None:
+    """The most a process holds during three training steps, each optimiser in a process of its own; the table itself is 1 GiB of it."""
+    for who, name in STEPS.items():
+        code = f"from benchmarks.memory_cases import peak; print(peak({name!r}))"
+        print(f"{who:32}{subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()} GiB")
+
+
+def peak(name: str, N: int = 2**22, d: int = 64, tokens: int = 4096, R: int = 32) -> str:
+    call, weights = Step(name, N, d, tokens, R), draw(tokens, R).requires_grad_()
+    for _ in range(3):
+        call(weights)
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
+
+
+if __name__ == "__main__":
+    main()

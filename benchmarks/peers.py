@@ -6,9 +6,11 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Call = Callable[..., Tensor]
+Build = Callable[[], nn.Module]
 absent: set[str] = set()
 
 
@@ -26,3 +28,67 @@ def fla(module: str, name: str, call: Callable[[Callable], Call]) -> dict[str, C
 
 def heads_first(*xs: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in xs]
+
+
+def layer(package: str, module: str, name: str) -> Callable[..., nn.Module] | None:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        absent.add(package)
+        return None
+
+
+def both(package: str, build: Build) -> dict[str, Build]:
+    """A layer with its dense gradient, as it comes, and with torch's sparse one, made unique by rows as an optimiser needs it."""
+
+    def sparse() -> nn.Module:
+        built = build()
+        for module in built.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = True
+                module.weight.register_hook(lambda grad: grad.coalesce())
+        return built
+
+    name = f"{package} {importlib.metadata.version(package)}"
+    return {name: build, f"{name}, sparse": sparse}
+
+
+def peer(ours: Build) -> dict[str, Build]:
+    """PEER-pytorch with the paper's rule and our weights."""
+    found = layer("PEER-pytorch", "PEER_pytorch.PEER", "PEER")
+
+    @torch.no_grad()
+    def build() -> nn.Module:
+        mine = ours()
+        D, (_, H, n, side) = mine.query.weight.shape[1], mine.keys.shape
+        theirs = found(D, heads=H, num_experts=n * n, num_experts_per_head=mine.topk, dim_key=side, non_competing_scores=False)
+        theirs.to_queries[0].weight.copy_(sides_first(mine.query.weight, H, side))
+        theirs.keys.copy_(mine.keys.movedim(0, 2))
+        theirs.weight_down_embed.weight.copy_(mine.experts.table[0::2])
+        theirs.weight_up_embed.weight.copy_(mine.experts.table[1::2])
+        return theirs
+
+    return both("PEER-pytorch", build) if found else {}
+
+
+def pkm(ours: Build) -> dict[str, Build]:
+    """product-key-memory with our weights, without its norm of queries."""
+    found = layer("product-key-memory", "product_key_memory", "PKM")
+
+    @torch.no_grad()
+    def build() -> nn.Module:
+        mine = ours()
+        D, (_, H, n, side) = mine.query.weight.shape[1], mine.keys.shape
+        theirs = found(D, heads=H, num_keys=n, topk=mine.topk, dim_head=side)
+        theirs.norm = nn.Identity()
+        theirs.to_queries.weight.copy_(sides_first(mine.query.weight, H, side))
+        theirs.keys.copy_(mine.keys.movedim(0, 2))
+        theirs.values.weight.copy_(mine.values.table)
+        return theirs
+
+    return both("product-key-memory", build) if found else {}
+
+
+def sides_first(weight: Tensor, H: int, side: int) -> Tensor:
+    """Of a map to queries: heads of two halves -> two halves of all heads."""
+    return weight.view(H, 2, side, -1).transpose(0, 1).flatten(0, 2)

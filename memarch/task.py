@@ -22,6 +22,8 @@ from memarch.config import ConfigError, encode
 from memarch.contracts import LossOutput, State
 from memarch.data.batch import Batch
 from memarch.data.packed import Packed
+from memarch.layers.parts.pool import readers, watch
+from memarch.layers.parts.usage import Usage
 from memarch.models.lm import LM, LMConfig
 from memarch.optim import OptimConfig
 
@@ -53,12 +55,17 @@ class Task(LightningModule):
         if recompute:
             self.model.core.recompute = True
         self.optim, self.carry = optim, carry
+        lazy = [] if optim.tables == "dense" else optimisers.table_names(self)
+        if compile and lazy:
+            raise ConfigError(f"compiled code makes no row-sparse gradients, as optim.tables {optim.tables} needs: set task.compile false, or tables dense.")
+        self._ddp_params_and_buffers_to_ignore = lazy  # DDP has none either: here they are averaged, before they are clipped
         # A compiled function, not a compiled module: names of parameters stay as they are.
         self.loss = torch.compile(self.model.loss) if compile else self.model.loss
         self.carried: State | None = None  # [rows of this process, ...], only with carry
         self.sums: Tensor | None = None  # loss, correct, count since the last optimiser step
         self.unit: Tensor | None = None  # targets a process has in a micro-batch, by the first of this step
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients, by group
+        self.uses: list[Usage] = []  # of the layers that read tables, while they train
         self.val_carried: State | None = None
         self.val_sums: Tensor | None = None
 
@@ -67,10 +74,17 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.carried = self.sums = self.unit = None
+        self.uses = watch(self.model) if stage == "fit" else []
+
+    def teardown(self, stage: str) -> None:
+        for reader in readers(self.model):
+            reader.usage = None
 
     # ---------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        for usage in self.uses:
+            usage.due = self.telling and self.sums is None  # once in a step
         out = self.loss(batch.tokens, batch.targets, self.carried, starts=batch.starts, lengths=batch.lengths)
         if self.carry:
             self.carried = states.detach(out.state)
@@ -92,9 +106,11 @@ class Task(LightningModule):
         # DDP has divided by the processes and Lightning by the micro-batches. With one micro-batch the guess was right.
         scale = 1.0 if micro == 1 else self.unit * self.trainer.world_size * micro / sums[2].clamp(min=1)
         self.sums = self.unit = None
+        optimisers.average(optimizer)
+        tables = {f"grad_norm/{name}": norm * scale for name, norm in optimisers.table_norms(self.model).items()} if told else {}
         norms = self.norms = optimisers.clip(optimizer, self.optim.clip, scale)  # the guard reads them
         if told:
-            self.log_dict(self.report("train", sums) | {"grad_norm" if name == "rest" else f"grad_norm/{name}": norm for name, norm in norms.items()})
+            self.log_dict(self.report("train", sums) | {"grad_norm" if name == "rest" else f"grad_norm/{name}": norm for name, norm in norms.items()} | tables)
 
     @property
     def telling(self) -> bool:
@@ -151,15 +167,21 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The config travels with the weights. A carried state is saved with the rows of all processes, as plain tensors by name."""
         checkpoint["config"] = json.dumps(encode(self.model.config))
+        checkpoint["usage"] = [usage.mass for usage in self.uses]
         checkpoint["carried"] = {} if self.carried is None else {name: self.all_rows(leaf) for name, leaf in states.leaves(self.carried)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for usage, mass in zip(self.uses, checkpoint.get("usage", ()), strict=False):
+            usage.mass = mass
         found = checkpoint.get("carried") or {}
         if self.carry and found:
             names = iter(name for name, _ in states.leaves(self.model.start(1)))
             self.carried = states.tree(lambda _: self.my_rows(found[next(names)]), self.model.start(1))
 
     def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:
+            for name in self._ddp_params_and_buffers_to_ignore:
+                torch.distributed.broadcast(self.get_parameter(name).data, 0)  # as DDP does with all others
         if self.carried is not None:
             self.carried = states.to(self.carried, self.device)
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from memarch import cli, create_model
+from memarch.callbacks.files import latest
+from memarch.callbacks.table import read
 from memarch.layers import PEERConfig, PKMConfig
 from memarch.layers.parts.pool import watch
 from memarch.layers.parts.usage import Usage
+from memarch.training import main
 from zoo import DIM
 
 SPARSE = ["memory-former-tiny", "memory-plus-tiny", "peer-tiny", "pkm-tiny", "ultramem-tiny", "ultramem-v2-tiny"]
@@ -73,6 +76,36 @@ def test_compiled_layers_count_too():
     assert usage.mass.sum().item() == pytest.approx(2 * 2 * 30 * 2, rel=1e-5), "two steps, 60 tokens, weights of two heads"
     usage.due = True
     assert {"usage", "unevenness"} <= compiled(x).aux.keys()
+
+
+# ------------------------------------------------------------------------------------------------ in a run
+
+
+def gauges_of(folder):
+    """step -> gauges of the tables, of every row that has them."""
+    rows = read(folder / "metrics.csv")[1]
+    return {int(row["step"]): {c: v for c, v in row.items() if v and re.search(r"(usage|unevenness|table|top1)$", c)} for row in rows}
+
+
+@pytest.mark.parametrize("tables", ["dense", "lazy"])
+def test_a_run_reports_and_a_resumed_one_reports_the_same(tmp_path, tables):
+    def run():
+        words = f"fit --preset memory-plus-tiny --data.train.kind mqar --data.batch_size 4 --run.folder {tmp_path} --run.save_every 5"
+        words += " --run.bar false --run.export false --trainer.max_steps 6 --trainer.log_every_n_steps 3"
+        words += " --trainer.accumulate_grad_batches 2 --trainer.val_check_interval 100"
+        main([*words.split(), "--optim.tables", tables, "--optim.schedule", "constant", "--run.threads", "1"])
+
+    run()
+    whole = gauges_of(tmp_path)
+    latest(tmp_path).unlink()  # as if it had been killed after step 5, whose numbers are in no row yet
+    run()
+    assert set(whole[6]) == {
+        "grad_norm/backbone.pools.facts.table",
+        *(f"train/blocks.{i}.ffn.{gauge}" for i in (0, 2) for gauge in ("usage", "unevenness", "top1")),
+    }
+    assert gauges_of(tmp_path) == whole, "rows that were read before the cut count"
+    assert float(whole[3]["train/blocks.0.ffn.usage"]) > float(whole[1]["train/blocks.0.ffn.usage"]), "three steps read more than one"
+    assert cli.main(["inspect", "memory", str(tmp_path)]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ memarch inspect memory

@@ -14,11 +14,24 @@ from memarch.kernels.tucker_topk import cell_scores, cpp_impl, principal, torch_
 pytestmark = pytest.mark.usefixtures("native_library")
 
 
+interpreted = pytest.mark.parametrize("impl", ["reference", "torch", "cpp", "triton"], indirect=True)  # what the interpreter has time for
+
+
 @pytest.fixture(params=["reference", "torch", "cpp"])
 def impl(request):
     if request.param == "cpp" and native.why_not() not in (None, native.NOT_BUILT):
         pytest.skip(native.why_not())
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("with a GPU the interpreter is off: tests/test_triton.py runs it there")
     return request.param
+
+
+def operator(impl: str):
+    if impl == "triton":
+        from memarch.kernels.tucker_topk import triton_impl
+
+        return triton_impl.tucker_topk.operator
+    return {"torch": torch_impl, "cpp": cpp_impl}[impl].tucker_topk.operator
 
 
 poison = ops.poison
@@ -50,6 +63,7 @@ def spectrum(ratio: float, r: int = 2) -> Tensor:
     return q @ torch.diag(torch.tensor([1.0] + [ratio] * (r - 1), dtype=torch.float64)) @ p
 
 
+@interpreted
 @pytest.mark.parametrize("r, n", [(1, 5), (2, 9), (3, 7)])
 def test_no_filter_at_k_equal_n(impl, r, n):
     """The n best of all n^2 cells, whatever the core."""
@@ -60,6 +74,7 @@ def test_no_filter_at_k_equal_n(impl, r, n):
     torch.testing.assert_close(scores, truth.values, rtol=1e-12, atol=1e-12)
 
 
+@interpreted
 @pytest.mark.parametrize("axis, k", [(1, 1), (3, 9), (4, 1), (5, 20), (9, 9), (9, 81)])
 def test_rows_and_columns_apart_from_cells(impl, axis, k):
     """The k best cells of the rows and columns that the filters like best, by a sort of them all; axis None is axis = k."""
@@ -162,6 +177,7 @@ def test_principal_is_outside_the_graph():
     assert not [node for node in seen if "svd" in node.name().lower()]
 
 
+@interpreted
 def test_ties_go_to_the_lowest_id(impl):
     core = torch.ones(1, 1, dtype=torch.float64)
     for k in range(1, 6):
@@ -180,10 +196,11 @@ def test_gradcheck(impl):
         assert torch.autograd.gradcheck(lambda *x, k=k, axis=axis: tucker_topk(*x, u, v, k, axis=axis, impl=impl)[0], (s1, s2, core))
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
+@pytest.mark.parametrize("impl", ["torch", "cpp", "triton"], indirect=True)
 def test_float32(impl):
     """Sorted, ties in order, and each score as exact as float32 is; whether found among many rows or few."""
-    s1, s2, core = torch.randn(300, 2, 3, 64), torch.randn(300, 2, 3, 64), torch.randn(2, 3, 3)
+    many = 2 if impl == "triton" else 300
+    s1, s2, core = torch.randn(many, 2, 3, 64), torch.randn(many, 2, 3, 64), torch.randn(2, 3, 3)
     for k, axis in ((32, None), (100, 20), (10, 40)):
         scores, ids = tucker_topk(s1, s2, core, *principal(core), k, axis=axis, impl=impl)
         assert (scores[..., 1:] <= scores[..., :-1]).all()
@@ -192,13 +209,13 @@ def test_float32(impl):
         torch.testing.assert_close(scores.double(), cell_scores(s1.double(), s2.double(), core.double(), ids), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"], indirect=True)
+@pytest.mark.parametrize("impl", ["torch", "cpp", "triton"], indirect=True)
 def test_opcheck(impl):
     s1, s2, core = (x.requires_grad_() for x in (draw(3, 2, 2, 9), draw(3, 2, 2, 9), draw(2, 2, 2)))
-    operator = (torch_impl if impl == "torch" else cpp_impl).tucker_topk.operator
-    torch.library.opcheck(operator, (s1, s2, core, *principal(core), 8, 4))
+    torch.library.opcheck(operator(impl), (s1, s2, core, *principal(core), 8, 4))
 
 
+@interpreted
 def test_bad_input(impl):
     s, core = torch.randn(3, 2, 9), torch.ones(2, 2)
     u, v = principal(core)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from memarch import create_model, list_models
+from memarch import create_model, decode, list_models
 from memarch.config import ConfigError
 from memarch.layers.parts.pool import ValuePool
-from memarch.optim import OptimConfig, build, clip, factor, param_groups
+from memarch.optim import OptimConfig, build, clip, factor, param_groups, table_factor
 
 CFG = OptimConfig()
 
@@ -48,6 +48,22 @@ def test_rates_and_decay_of_groups():
     assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {"matrices": (2e-3, 0.3), "vectors": (2e-3, 0.0), "tables": (1e-2, 0.0)}
 
 
+@pytest.mark.parametrize("tables", ["lazy", "row"])
+def test_lazy_tables_leave_all_other_weights_to_adamw(tables):
+    """To the bit, and what is kept of them is the same."""
+    plain, other = create_model("transformer-tiny"), create_model("transformer-tiny")
+    (dense, _), (lazy, _) = build(plain, OptimConfig(), 10), build(other, OptimConfig(tables=tables), 10)
+    for _ in range(3):
+        for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        dense.step()
+        lazy.step()
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(dict(dense.state[a]), dict(lazy.state[b]), rtol=0, atol=0)
+
+
 def test_frozen_parameters_are_left_out():
     model = create_model("transformer-tiny")
     model.embed.weight.requires_grad_(False)
@@ -82,6 +98,32 @@ def test_a_schedule_needs_an_end():
     with pytest.raises(ConfigError, match="max_steps"):
         build(nn.Linear(2, 2), OptimConfig(), None)
     build(nn.Linear(2, 2), OptimConfig(schedule="constant"), None)
+    with pytest.raises(ConfigError, match="memory_decay"):
+        build(nn.Linear(2, 2), OptimConfig(schedule="constant", memory_decay=0.5), None)
+
+
+def test_the_rate_of_tables():
+    """4x that falls to 1x over half of the run, by the schedule or in place of it."""
+
+    def rates(**more):
+        cfg = OptimConfig(lr=2.0, warmup=10, memory_lr=4.0, **more)
+        optimizer, schedule = build(create_model("pkm-tiny"), cfg, 100)
+        groups, found = {group["name"]: group for group in optimizer.param_groups}, []
+        for _ in range(100):
+            found.append((groups["tables"]["lr"], groups["matrices"]["lr"]))
+            optimizer.step()
+            schedule.step()
+        return zip(*found, strict=True)
+
+    falling = [1 + 3 * max(0, 1 - step / 50) for step in range(100)]
+    tables, model = rates(memory_decay=0.5)
+    assert tables == pytest.approx([mult * lr for mult, lr in zip(falling, model, strict=True)]) and model[9] == 2.0
+    assert tables[50:] == pytest.approx(model[50:])
+    assert next(rates(memory_decay=0.5, memory_schedule="constant")) == pytest.approx([2.0 * mult for mult in falling])
+    assert set(next(rates(memory_schedule="constant"))) == {8.0}
+    tables, model = rates()
+    assert tables == tuple(4 * lr for lr in model), "to the bit"
+    assert [table_factor(CFG, step, 200) for step in range(200)] == [factor(CFG, step, 200) for step in range(200)]
 
 
 def test_the_schedule_resumes():
@@ -155,9 +197,20 @@ def test_parameters_without_a_gradient_are_passed_over():
 
 
 WRONG = {"lr": 0.0, "betas": (0.9, 1.0), "eps": 0.0, "weight_decay": -1.0, "clip": 0.0, "decay": 0.0, "min_lr": 2.0, "warmup": -1, "memory_lr": -1.0}
+WRONG |= {"memory_decay": 1.5}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_values_that_cannot_be_are_refused(name):
     with pytest.raises(ConfigError, match=name):
         OptimConfig(**{name: WRONG[name]})
+
+
+def test_a_rate_of_nothing_cannot_rise():
+    with pytest.raises(ConfigError, match="do not learn"):
+        OptimConfig(memory_lr=0.0, memory_decay=0.5)
+
+
+def test_unknown_ways_to_step_tables_are_refused():
+    with pytest.raises(ConfigError, match=r"dense.*lazy.*row"):
+        decode(OptimConfig, {"tables": "sparse"})

@@ -17,14 +17,15 @@ import torch
 STEPS, SPEED = 24, {"seconds", "tokens_per_s", "step_ms", "tflops", "peak_memory_gib"}
 
 
-def main(run_dir: Path, text: Path, steps: int, slow_write: float) -> None:
-    """Everything that could be forgotten: accumulation, carried state, a schedule, global random numbers, validation, data that are not replayed."""
+def main(run_dir: Path, text: Path, steps: int, slow_write: float, tables: str = "") -> None:
+    """Everything that could be forgotten: accumulation, carried state, a schedule, global random numbers, validation, data that are not replayed.
+    tables: "" for a model without, else optim.tables."""
     from lightning.pytorch import Trainer, seed_everything
 
     from memarch.callbacks import default_callbacks, files, latest
     from memarch.data import Text
     from memarch.data.module import TokenData
-    from memarch.layers import GatedDeltaConfig, SwiGLUConfig
+    from memarch.layers import GatedDeltaConfig, PKMConfig, SwiGLUConfig
     from memarch.models.lm import BlockConfig, LMConfig
     from memarch.optim import OptimConfig
     from memarch.task import Task
@@ -51,8 +52,9 @@ def main(run_dir: Path, text: Path, steps: int, slow_write: float) -> None:
 
     if slow_write:
         files.torch.save = slowly  # type: ignore[attr-defined]
-    part = BlockConfig(mixer=GatedDeltaConfig(heads=2), ffn=SwiGLUConfig())
-    task = Noisy(LMConfig(vocab_size=256, dim=16, layers=2, pattern="G", parts={"G": part}), OptimConfig(lr=1e-2, warmup=4), carry=True)
+    part = BlockConfig(mixer=GatedDeltaConfig(heads=2), ffn=PKMConfig(keys=16, heads=2, topk=4) if tables else SwiGLUConfig())
+    optim = OptimConfig(lr=1e-2, warmup=4, **({"tables": tables, "memory_lr": 4.0, "memory_decay": 0.5} if tables else {}))
+    task = Noisy(LMConfig(vocab_size=256, dim=16, layers=2, pattern="G", parts={"G": part}), optim, carry=True)
     data = TokenData(Text(path=str(text), length=16, carry=True), batch_size=4, val_batches=2)
     trainer = Trainer(
         callbacks=default_callbacks(run_dir, save_every=5, keep=2),
@@ -69,8 +71,8 @@ def main(run_dir: Path, text: Path, steps: int, slow_write: float) -> None:
     trainer.fit(task, data, ckpt_path=latest(run_dir))
 
 
-def start(run_dir: Path, text: Path, slow_write: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, str(run_dir), str(text), str(STEPS), str(slow_write)]
+def start(run_dir: Path, text: Path, slow_write: float = 0.0, tables: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, str(run_dir), str(text), str(STEPS), str(slow_write), tables]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -160,6 +162,24 @@ def test_killed_once(tmp_path: Path, text: Path, whole: Path, capsys: pytest.Cap
     compare(tmp_path, whole)
 
 
+def test_tables_stepped_by_rows_go_on_too(tmp_path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Their moments, and the fall of their rate. The config says how they are stepped; another way has other moments."""
+    from memarch.config import ConfigError
+
+    whole = tmp_path_factory.mktemp("whole")
+    main(whole, text, STEPS, slow_write=0.0, tables="row")
+    process = start(tmp_path, text, tables="row")
+    while steps_done(tmp_path) < 12 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was over before step 12"
+    with pytest.raises(ConfigError, match=r'optim\.tables was "row" and is "lazy"'):
+        main(tmp_path, text, STEPS, slow_write=0.0, tables="lazy")
+    finish(start(tmp_path, text, tables="row"))
+    compare(tmp_path, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_many_times(tmp_path: Path, text: Path, whole: Path, seed: int) -> None:
@@ -215,4 +235,4 @@ def test_stopped_by_a_signal(tmp_path: Path, text: Path, whole: Path, number: in
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])

@@ -43,6 +43,7 @@ def first_fault(module: LightningModule, batch: Any, index: int) -> str | None:
         """The backward runs from the loss down, so the first parameter with a bad gradient stands where it began."""
 
         def hook(grad: Tensor) -> None:
+            grad = grad.detach()._values() if grad.is_sparse else grad  # of a value table: the rows that were read
             if not found and not finite(grad):
                 found.append(f"The forward is finite; the first bad gradient is that of {short(name)}: {sick(grad)}.")
 

@@ -127,6 +127,7 @@ class Checkpoints(Checkpoint):
         if KEY not in checkpoint:
             raise ValueError("this checkpoint was not written by memarch.callbacks.Checkpoints: it does not say where in the data the run stood.")
         same_data(checkpoint, trainer)
+        same_tables(checkpoint, pl_module)
         self.batches, self.saved = checkpoint[KEY]["batches"], checkpoint["global_step"]
         states = checkpoint[KEY]["random"]
         self.random = states[trainer.global_rank] if trainer.global_rank < len(states) else {}  # a process that was not there has its seed
@@ -180,6 +181,14 @@ def same_model(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
 
 def same_data(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
     refuse("data", json.loads(checkpoint[KEY]["data"]), json.loads(json.dumps(data_of(trainer))))
+
+
+def same_tables(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Dense, lazy and row are three optimisers, and each would take the moments of another as they are."""
+    now = getattr(getattr(module, "optim", None), "tables", None)
+    for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
+        if now is not None and group.get("name") == "tables":
+            refuse("optim", {"tables": group.get("tables", "dense")}, {"tables": now})
 
 
 def data_of(trainer: Trainer) -> dict[str, Any]:

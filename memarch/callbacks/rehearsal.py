@@ -15,10 +15,13 @@ def rehearsal(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     attributes, logs = dict(vars(module)), {"log": silent, "log_dict": silent}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     grads = [(parameter, parameter.grad) for parameter in module.parameters()]
+    counts = [(usage, usage.mass) for usage in getattr(module, "uses", ())]  # of rows that were read
     cards = [module.device] if module.device.type == "cuda" else []
     vars(module).update(logs)
     for parameter, _ in grads:
         parameter.grad = None
+    for usage, _ in counts:
+        usage.mass = None
     try:
         with torch.random.fork_rng(cards), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
             yield
@@ -30,6 +33,8 @@ def rehearsal(trainer: Trainer, module: LightningModule) -> Iterator[None]:
                 buffer.copy_(before)
         for parameter, grad in grads:
             parameter.grad = grad
+        for usage, mass in counts:
+            usage.mass = mass
 
 
 def loss_of(output: Any) -> Tensor:

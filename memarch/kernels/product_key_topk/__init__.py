@@ -10,15 +10,31 @@ score like any other. The gradient reaches the selected scores only.
     n sub-keys an axis   k pairs kept   Q searches   P pairs that can win
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memarch.kernels import native
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.product_key_topk import cpp_impl, reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.product_key_topk, "torch": torch_impl.product_key_topk, "cpp": cpp_impl.product_key_topk}
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from memarch.kernels.product_key_topk import triton_impl
+
+    return triton_impl.product_key_topk(*args)
+
+
+IMPLEMENTATIONS = {
+    "reference": reference.product_key_topk,
+    "torch": torch_impl.product_key_topk,
+    "cpp": cpp_impl.product_key_topk,
+    "triton": _triton,
+}
+ROUNDS, LONGEST = 128, 4096  # k and sub-keys of an axis that one Triton program searches in registers
 ORDER = (
+    ("triton", "each score is read once; the gradient without atomics"),
     ("cpp", "C++: one pass over each axis that looks only at what beats the k-th best so far"),
     ("torch", "axis top-k and pruned pairs: the product path without a GPU"),
 )
@@ -27,6 +43,10 @@ ORDER = (
 def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"scores must be floating point, they are {dtype}"
+    if name == "triton" and (n > LONGEST or k > ROUNDS):
+        return f"it takes up to {LONGEST} sub-keys an axis and k up to {ROUNDS}, not {n} and {k}: use torch"
+    if name == "triton":
+        return triton_cannot(device_type, here, transposes=False)
     if name == "cpp" and n > torch_impl.WIDEST:
         return f"it takes up to {torch_impl.WIDEST} sub-keys an axis, not {n}: use torch"
     return native.cannot(device_type, dtype, here, (torch.float32, torch.float64)) if name == "cpp" else None
@@ -34,7 +54,7 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: in
 
 def pick(device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for scores [..., n] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, here._replace(interpreted=False)))
 
 
 def product_key_topk(s1: Tensor, s2: Tensor, k: int, *, impl: str | None = None) -> tuple[Tensor, Tensor]:

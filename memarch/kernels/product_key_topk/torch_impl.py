@@ -16,7 +16,7 @@ from memarch.kernels.product_key_topk.operator import define, refuse_nan
 
 WIDEST = 2**16  # sub-keys: ids of pairs then have 32 bits, as scores have
 LOW = 2**32 - 1
-CHUNK = 2**18  # scores searched at a time: their keys stay in the cache
+CHUNK = 2**18  # scores searched at a time: their keys stay in a CPU's cache
 FEW = 2**11  # scores that are sorted sooner than the calls are made which save sorting them: one token
 
 
@@ -59,8 +59,13 @@ def by_sorting(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], ids.gather(-1, order[:, :k])
 
 
+def at_once(device: torch.device) -> int:
+    """Scores searched at a time: on a GPU as many as it takes to fill it, and their keys then have 512 MiB."""
+    return CHUNK if device.type == "cpu" else 2**26
+
+
 def search(s1: Tensor, s2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    (Q, n), step = s1.shape, max(1, CHUNK // s1.shape[1])
+    (Q, n), step = s1.shape, max(1, at_once(s1.device) // s1.shape[1])
     scores, ids = s1.new_empty(Q, k), s1.new_empty(Q, k, dtype=torch.int64)
     axis, (a, b) = torch.arange(n, device=s1.device), (x.to(s1.device) for x in ranks(k))
     bits = 32 if n <= WIDEST else 64

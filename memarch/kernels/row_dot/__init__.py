@@ -17,21 +17,30 @@ from torch import Tensor
 
 from memarch.kernels import native
 from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
-from memarch.kernels.row_dot import reference
+from memarch.kernels.row_dot import cpp_impl, reference
 from memarch.kernels.row_dot.operator import adjoint, flops
 from memarch.kernels.weighted_bag import torch_impl
 from memarch.kernels.weighted_bag import why_not as bag_cannot
 
 
-def _cpp(*args: Any) -> Tensor:
-    from memarch.kernels.row_dot import cpp_impl
+def _triton(*args: Any) -> Tensor:
+    from memarch.kernels.row_dot import triton_impl
 
-    return cpp_impl.row_dot(*args)
+    return triton_impl.row_dot(*args)
 
 
-IMPLEMENTATIONS = {"reference": reference.row_dot, "torch": adjoint("row_dot", torch_impl.bag, torch_impl.backward), "cpp": _cpp}
-FLOPS = flops("row_dot")
-ORDER = (("cpp", "C++: rows are read once and never copied"), ("torch", "gathered in pieces that stay in the cache: the product path without a GPU"))
+IMPLEMENTATIONS = {
+    "reference": reference.row_dot,
+    "torch": adjoint("row_dot", torch_impl.bag, torch_impl.backward),
+    "cpp": cpp_impl.row_dot,
+    "triton": _triton,
+}
+FLOPS = flops("row_dot") | flops("row_dot_cpp")
+ORDER = (
+    ("triton", "the kernels of weighted_bag: rows are read once and never copied"),
+    ("cpp", "C++: rows are read once and never copied"),
+    ("torch", "gathered in pieces that stay in the cache: the product path without a GPU"),
+)
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, d: int = 256, R: int = 32, here: Machine = NO_GPU) -> str | None:
@@ -40,7 +49,7 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, d: int = 256, R: in
 
 def pick(device_type: str, dtype: torch.dtype, d: int = 256, R: int = 32, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for a table [.., d] of this dtype and R rows read, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, d, R, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, d, R, here._replace(interpreted=False)))
 
 
 def row_dot(table: Tensor, ids: Tensor, x: Tensor, *, sparse_grad: bool = False, impl: str | None = None) -> Tensor:

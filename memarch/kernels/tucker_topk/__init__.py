@@ -10,19 +10,30 @@ their ids, and among them the lowest are kept; likewise in the filters. The grad
     r rank   n sub-keys an axis, `axis` of them kept   k cells kept   H heads, any leading dimensions that the core has   Q searches
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memarch.kernels import native
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
+from memarch.kernels.product_key_topk import LONGEST, ROUNDS
 from memarch.kernels.product_key_topk.torch_impl import WIDEST
 from memarch.kernels.tucker_topk import cpp_impl, operator, reference, torch_impl
 
 __all__ = ["FLOPS", "IMPLEMENTATIONS", "cell_scores", "pick", "principal", "tucker_topk", "why_not"]
 
-IMPLEMENTATIONS = {"reference": reference.tucker_topk, "torch": torch_impl.tucker_topk, "cpp": cpp_impl.tucker_topk}
-FLOPS = operator.FLOPS
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from memarch.kernels.tucker_topk import triton_impl
+
+    return triton_impl.tucker_topk(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.tucker_topk, "torch": torch_impl.tucker_topk, "cpp": cpp_impl.tucker_topk, "triton": _triton}
+FLOPS = operator.flops("tucker_topk") | operator.flops("tucker_topk_cpp")
 ORDER = (
+    ("triton", "cells are never written; the gradient without atomics"),
     ("cpp", "C++: filters, cells and searches in one pass, one query at a time"),
     ("torch", "axis top-k by the filters, then all kept cells: the product path without a GPU"),
 )
@@ -32,6 +43,10 @@ NOISE = 1e-5  # of a singular vector in float32
 def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, axis: int = 32, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"scores must be floating point, they are {dtype}"
+    if name == "triton" and (n > LONGEST or axis > ROUNDS):
+        return f"it takes up to {LONGEST} sub-keys an axis and keeps up to {ROUNDS} of them, not {n} and {axis}: use torch"
+    if name == "triton":
+        return triton_cannot(device_type, here, transposes=False)
     if name == "cpp" and n > WIDEST:
         return f"it takes up to {WIDEST} sub-keys an axis, not {n}: use torch"
     return native.cannot(device_type, dtype, here, (torch.float32, torch.float64)) if name == "cpp" else None
@@ -39,7 +54,7 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, n: int = 128, k: in
 
 def pick(device_type: str, dtype: torch.dtype, n: int = 128, k: int = 32, axis: int = 32, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for scores [..., r, n] of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, axis, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, n, k, axis, here._replace(interpreted=False)))
 
 
 def tucker_topk(

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from memarch.kernels.autocast import exact
 from memarch.kernels.product_key_topk.operator import refuse_nan
-from memarch.kernels.product_key_topk.torch_impl import WIDEST, best
+from memarch.kernels.product_key_topk.torch_impl import WIDEST, at_once, best
 from memarch.kernels.tucker_topk.operator import columns, define
-
-CHUNK = 2**18  # scores searched at a time: they stay in the cache
 
 
 @exact
 def search(s1: Tensor, s2: Tensor, core: Tensor, u: Tensor, v: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
-    (Q, H, _, n), step = s1.shape, max(1, CHUNK // (s1.shape[1] * max(s1.shape[3], axis * axis)))
+    (Q, H, _, n), step = s1.shape, max(1, at_once(s1.device) // (s1.shape[1] * max(s1.shape[3], axis * axis)))
     scores, ids = s1.new_empty(Q, H, k), s1.new_empty(Q, H, k, dtype=torch.int64)
     for q in range(0, Q, step):
         x1, x2 = s1[q : q + step], s2[q : q + step]

@@ -8,20 +8,30 @@
     N rows   d width   T bags   R slots a bag   E groups   h slices, of d / h columns each   U rows that are read at all
 
 Sums are made in float32 at least. The output has the wider of the dtypes of table and weights: a bfloat16 table under float32 weights
-gives float32. The gradient of the table has its dtype; it is summed row by row in the order of the slots, so it is the same to the bit
-in every run and for every number of threads.
+gives float32. The gradient of the table has its dtype; it is summed row by row in an order that the ids decide, so it is the same to the
+bit in every run and for every number of threads.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memarch.kernels import native
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.weighted_bag import cpp_impl, operator, reference, torch_impl
 
-IMPLEMENTATIONS = {"reference": reference.weighted_bag, "torch": torch_impl.weighted_bag, "cpp": cpp_impl.weighted_bag}
+
+def _triton(*args: Any) -> Tensor:
+    from memarch.kernels.weighted_bag import triton_impl
+
+    return triton_impl.weighted_bag(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.weighted_bag, "torch": torch_impl.weighted_bag, "cpp": cpp_impl.weighted_bag, "triton": _triton}
 FLOPS = operator.flops("weighted_bag") | operator.flops("weighted_bag_cpp")
 ORDER = (
+    ("triton", "one kernel forward; backward a scan over sorted segments, without atomics"),
     ("cpp", "C++: the backward reads every row once and writes each gradient row once"),
     ("torch", "embedding_bag, and a backward over sorted segments: the product path without a GPU"),
 )
@@ -30,12 +40,14 @@ ORDER = (
 def why_not(name: str, device_type: str, dtype: torch.dtype, d: int = 256, R: int = 32, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"the table must be floating point, it is {dtype}"
+    if name == "triton":
+        return triton_cannot(device_type, here, transposes=False)
     return native.cannot(device_type, dtype, here, (torch.float32, torch.bfloat16, torch.float64)) if name == "cpp" else None
 
 
 def pick(device_type: str, dtype: torch.dtype, d: int = 256, R: int = 32, here: Machine = NO_GPU) -> Choice:
     """Which implementation runs for a table [.., d] of this dtype and R rows read, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, d, R, here))
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, d, R, here._replace(interpreted=False)))
 
 
 def weighted_bag(

@@ -149,15 +149,17 @@ def claim(name: str | None, rows: int, width: int, pools: Mapping[str, nn.Module
     return Borrowed(pool)
 
 
+def readers(model: nn.Module) -> list[Rows]:
+    """What the layers of a model hold, in their order."""
+    layers = (module for module in model.modules() if not isinstance(module, nn.ModuleDict))
+    return [held for layer in layers for held in (*layer.children(), *vars(layer).values()) if isinstance(held, Rows)]
+
+
 def watch(model: nn.Module) -> list[Usage]:
-    """From now on every layer that reads a table counts what it reads."""
-    found = []
-    for module in model.modules():
-        for held in () if isinstance(module, nn.ModuleDict) else (*module.children(), *vars(module).values()):
-            if isinstance(held, Rows):
-                held.usage = Usage()
-                found.append(held.usage)
-    return found
+    """From now on every layer that reads a table counts what it reads; `reader.usage = None` ends it."""
+    for reader in (found := readers(model)):
+        reader.usage = Usage()
+    return [reader.usage for reader in found if reader.usage is not None]
 
 
 # ------------------------------------------------------------------------------------------------ size

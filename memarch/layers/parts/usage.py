@@ -23,8 +23,7 @@ class Usage:
     @torch.no_grad()
     def add(self, ids: Tensor, weights: Tensor, count: int) -> dict[str, Tensor]:
         """ids [...] below count, weights [...] or [..., h]. Scores may be negative: their size counts."""
-        if self.mass is None or self.mass.device != ids.device:
-            self.mass = torch.zeros(count, device=ids.device)
+        self.mass = torch.zeros(count, dtype=torch.float32, device=ids.device) if self.mass is None else self.mass.to(ids.device)
         sizes = weights.abs().float()
         each = sizes if weights.ndim == ids.ndim else sizes.mean(-1)
         self.mass.index_add_(0, ids.flatten().long(), each.flatten())

@@ -8,12 +8,14 @@
 
 A parameter decays for what it is, not for its shape: Mamba's A_log [E, N] and RMT's memory [M, D] are two-dimensional, and pulling
 them towards zero changes what they mean. A row of a table gets a gradient only when it is read: decay would erase the facts nobody asked
-for lately, and the gradient of few rows must not decide how far all other weights move, so tables are clipped alone.
+for lately, and the gradient of few rows must not decide how far all other weights move, so tables are clipped alone. Whether a step touches
+all rows or those that were read is `OptimConfig.tables`; the latter is in tables.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,9 @@ from memarch.config import ConfigError, require
 from memarch.layers.parts import ShortConv
 from memarch.layers.parts.bank import Bank
 from memarch.layers.parts.pool import ValuePool
+from memarch.optim.tables import LazyAdamW, average, unique
+
+__all__ = ["LazyAdamW", "OptimConfig", "average", "build", "clip", "factor", "kept", "param_groups", "table_factor", "table_names"]
 
 DECAYS = (nn.Linear, nn.Embedding, nn.Conv1d, ShortConv, Bank)
 
@@ -38,7 +43,11 @@ class OptimConfig:
         betas: AdamW's averages of the gradient and of its square
         eps: AdamW's epsilon
         weight_decay: on matrices only
+        tables: what a step does to value tables. dense: AdamW on every row. lazy: only rows that were read move, and only their moments. row: as
+            lazy, with one second moment a row, which halves what is kept
         memory_lr: value tables learn at lr times this
+        memory_decay: the share of the run over which memory_lr falls, or rises, linearly to 1; null: it stays
+        memory_schedule: whether tables follow the schedule, warm-up included, or stay at their rate
         clip: the largest gradient norm, of tables and of all the rest each; null for no clipping
         schedule: how the rate moves after warm-up; wsd is flat and then falls
         warmup: steps over which the rate rises linearly
@@ -50,7 +59,10 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    tables: Literal["dense", "lazy", "row"] = "dense"
     memory_lr: float = 1.0
+    memory_decay: float | None = None
+    memory_schedule: Literal["same", "constant"] = "same"
     clip: float | None = 1.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = 100
@@ -63,6 +75,9 @@ class OptimConfig:
         require(self.eps > 0, f"eps must be above 0, got {self.eps}.")
         require(self.weight_decay >= 0, f"weight_decay must be 0 or more, got {self.weight_decay}.")
         require(self.memory_lr >= 0, f"memory_lr multiplies lr for value tables; it must be 0 or more, got {self.memory_lr}.")
+        if self.memory_decay is not None:
+            require(0 < self.memory_decay <= 1, f"memory_decay is a share of the run, above 0 and at most 1, got {self.memory_decay}.")
+            require(self.memory_lr > 0, "memory_decay leads from memory_lr to 1, and memory_lr 0 is for tables that do not learn; set it above 0.")
         require(self.clip is None or self.clip > 0, f"clip must be above 0, or null for no clipping, got {self.clip}.")
         require(self.warmup >= 0, f"warmup counts steps, 0 for none, got {self.warmup}.")
         require(0 < self.decay <= 1, f"decay is a share of the run, above 0 and at most 1, got {self.decay}.")
@@ -73,7 +88,7 @@ class OptimConfig:
 
 
 def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
-    """What AdamW takes. A parameter that several modules share (a tied head) is counted once, where it is met first; a frozen one is left out."""
+    """What the optimiser takes. A parameter that several modules share (a tied head) is counted once, where it is met first; a frozen one is left out."""
     found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "tables": []}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -83,7 +98,11 @@ def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
                 found[kind_of(module, name)].append(parameter)
     rates = {"matrices": cfg.lr, "vectors": cfg.lr, "tables": cfg.lr * cfg.memory_lr}
     decays = {"matrices": cfg.weight_decay, "vectors": 0.0, "tables": 0.0}
-    return [{"name": kind, "params": params, "lr": rates[kind], "weight_decay": decays[kind]} for kind, params in found.items() if params]
+    groups = [{"name": kind, "params": params, "lr": rates[kind], "weight_decay": decays[kind]} for kind, params in found.items() if params]
+    for group in groups:
+        if group["name"] == "tables" and cfg.tables != "dense":
+            group["tables"] = cfg.tables  # which makes LazyAdamW step it by rows
+    return groups
 
 
 def kind_of(module: nn.Module, name: str) -> str:
@@ -92,12 +111,33 @@ def kind_of(module: nn.Module, name: str) -> str:
     return "matrices" if name == "weight" and isinstance(module, DECAYS) else "vectors"
 
 
-def build(model: nn.Module, cfg: OptimConfig, total: int | None) -> tuple[AdamW, LambdaLR]:
+def build(model: nn.Module, cfg: OptimConfig, total: int | None) -> tuple[Optimizer, LambdaLR]:
     """The optimiser and its schedule over `total` steps. Fused AdamW is one pass over memory on a CPU too."""
     if total is None and cfg.schedule != "constant":
         raise ConfigError(f"schedule {cfg.schedule!r} must know where the run ends: set trainer.max_steps, or optim.schedule constant.")
-    optimizer = AdamW(param_groups(model, cfg), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    return optimizer, LambdaLR(optimizer, lambda step: factor(cfg, step, total or 0))
+    if total is None and cfg.memory_decay is not None:
+        raise ConfigError("memory_decay is a share of the run and must know where it ends: set trainer.max_steps, or optim.memory_decay null.")
+    for module in model.modules():
+        if isinstance(module, ValuePool):
+            module.sparse_grad = cfg.tables != "dense"
+    make = partial(AdamW, fused=True) if cfg.tables == "dense" else LazyAdamW
+    optimizer = make(param_groups(model, cfg), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    return optimizer, LambdaLR(optimizer, [multiplier(cfg, group["name"], total or 0) for group in optimizer.param_groups])
+
+
+def kept(model: nn.Module, cfg: OptimConfig) -> int:
+    """Bytes of the moments: two a weight, in its dtype; of tables stepped by row, one a weight and one a row. The weights are their own masters."""
+    total = 0
+    for group in param_groups(model, cfg):
+        for p in group["params"]:
+            total += p.element_size() * (p.numel() + (p.shape[0] if group.get("tables") == "row" else p.numel()))
+    return total
+
+
+def table_names(model: nn.Module) -> list[str]:
+    """The names of the tables that learn."""
+    found = ((f"{name}.table".lstrip("."), module.table) for name, module in model.named_modules() if isinstance(module, ValuePool))
+    return [name for name, table in found if table.requires_grad]
 
 
 # ------------------------------------------------------------------------------------------------ schedules
@@ -116,7 +156,19 @@ def factor(cfg: OptimConfig, step: int, total: int) -> float:
     return cfg.min_lr + (1 - cfg.min_lr) * left
 
 
-def share(step: int, begin: int, end: int) -> float:
+def multiplier(cfg: OptimConfig, group: str, total: int) -> Callable[[int], float]:
+    rule = table_factor if group == "tables" else factor
+    return lambda step: rule(cfg, step, total)
+
+
+def table_factor(cfg: OptimConfig, step: int, total: int) -> float:
+    """The same of tables, whose rate is lr x (1 + (memory_lr - 1) max(0, 1 - step / (memory_decay total))), times the schedule if they follow it."""
+    gone = 0.0 if cfg.memory_decay is None else share(step, 0, cfg.memory_decay * total)
+    own = 1 - gone + gone / cfg.memory_lr if gone else 1.0  # of lr x memory_lr, where the group begins
+    return own * (factor(cfg, step, total) if cfg.memory_schedule == "same" else 1.0)
+
+
+def share(step: int, begin: float, end: float) -> float:
     """How far between two steps, 0 .. 1; beyond the end it stays 1."""
     return min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
 
@@ -126,7 +178,8 @@ def share(step: int, begin: int, end: int) -> float:
 
 @torch.no_grad()
 def clip(optimizer: Optimizer, most: float | None, scale: Tensor | float = 1.0) -> dict[str, Tensor]:
-    """Multiply all gradients by `scale`, then shrink each of (tables, the rest) to a norm of at most `most`. One pass over the gradients does both.
+    """Multiply all gradients by `scale`, then shrink each of (tables, the rest) to a norm of at most `most`. One pass over the gradients does both;
+    of a row-sparse one it sees the rows that were read, each once.
 
     Returns the scaled norms before clipping, under "tables" and "rest"."""
     norms: dict[str, Tensor] = {}
@@ -138,6 +191,13 @@ def clip(optimizer: Optimizer, most: float | None, scale: Tensor | float = 1.0) 
     return norms
 
 
+@torch.no_grad()
+def table_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Of the gradient of every table, as it is."""
+    present = {name: _present([model.get_parameter(name)]) for name in table_names(model)}
+    return {name: torch.nn.utils.get_total_norm(grads) for name, grads in present.items() if grads}
+
+
 def gradients(optimizer: Optimizer) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
@@ -146,4 +206,4 @@ def gradients(optimizer: Optimizer) -> dict[str, list[Tensor]]:
 
 
 def _present(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+    return [unique(p)[1] if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
