@@ -21,7 +21,8 @@ from memarch.data.module import TokenData
 from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers.parts.pool import ValuePool
 from memarch.optim import LazyAdamW, OptimConfig, average, build, clip, kept
-from memarch.optim.tables import PIECE, unique
+from memarch.kernels.row_adam import PIECE
+from memarch.optim.tables import unique
 from memarch.task import Task
 
 F64 = torch.float64

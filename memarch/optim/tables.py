@@ -1,17 +1,12 @@
 """AdamW that touches the rows of value tables that were read in this step, and no others.
 
-    m[u] <- b1 m[u] + (1 - b1) g[u]
-    v[u] <- b2 v[u] + (1 - b2) g[u]^2            lazy: as many second moments as weights
-    v[u] <- b2 v[u] + (1 - b2) mean(g[u]^2)      row: one a row, the mean over its columns
-    p[u] <- p[u] - lr m[u] / (1 - b1^t) / (sqrt(v[u] / (1 - b2^t)) + eps)
-
-for the rows u of a row-sparse gradient g; t counts the steps of the table, not the visits to a row, as in torch's SparseAdam. If every row is
-read, lazy is AdamW without decay. It is another optimiser if not: under AdamW a row nobody reads goes on moving by its fading momentum.
+The formulas are in kernels/row_adam: "lazy" keeps as many second moments as weights, "row" one a row. Steps are those of the table, not the visits to a
+row, as in torch's SparseAdam. If every row is read, lazy is AdamW without decay. It is another optimiser if not: under AdamW a row nobody reads goes
+on moving by its fading momentum.
 
 After the first step, which makes the moments, nothing as long as the table is read, written or allocated.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +17,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from memarch.kernels.row_adam import row_adam
 from memarch.kernels.weighted_bag.operator import unique_rows
-
-PIECE = 2**16  # elements: on a CPU the rows of a piece stay in the cache from gathering to putting back (129k rows x 64: 37 ms; all at once 105)
 
 
 class LazyAdamW(Optimizer):
@@ -62,22 +56,8 @@ class LazyAdamW(Optimizer):
                 width = 1 if group["tables"] == "row" else table.shape[1]
                 state |= {"step": 0, "exp_avg": torch.zeros_like(table), "exp_avg_sq": table.new_zeros(table.shape[0], width)}
             state["step"] += 1
-            tensors = table, state["exp_avg"], state["exp_avg_sq"]
-            many = max(1, PIECE // table.shape[1]) if table.device.type == "cpu" else max(1, len(rows))
-            for u, g in zip(rows.split(many), grad.split(many), strict=True):
-                update(tensors, u, g, state["step"], group["lr"], group["betas"], group["eps"])
-
-
-def update(tensors: tuple[Tensor, Tensor, Tensor], u: Tensor, g: Tensor, t: int, lr: float, betas: tuple[float, float], eps: float) -> None:
-    """table [N, d], m [N, d], v [N, d or 1], u [U], g [U, d]. Narrow dtypes are computed in float32 and rounded when they are put back."""
-    wide = torch.promote_types(g.dtype, torch.float32)
-    g, p, m, v = g.to(wide), *(x.index_select(0, u).to(wide) for x in tensors)
-    square = g.square()
-    m.lerp_(g, 1 - betas[0])
-    v.lerp_(square if v.shape == square.shape else square.mean(1, keepdim=True), 1 - betas[1])
-    p.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - betas[1] ** t)).add_(eps), value=-lr / (1 - betas[0] ** t))
-    for x, new in zip(tensors, (p, m, v), strict=True):
-        x.index_copy_(0, u, new.to(x.dtype))
+            rates = {"lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}
+            row_adam(table, state["exp_avg"], state["exp_avg_sq"], rows, grad, step=state["step"], **rates)
 
 
 def unique(table: nn.Parameter) -> tuple[Tensor, Tensor]:
