@@ -72,8 +72,13 @@ def measure(case: Case, backward: bool, rounds: int) -> dict[str, list[float]]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """With -dirty if anything but the results has changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!*.csv")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def growth(rounds: int) -> list[dict[str, Any]]:
