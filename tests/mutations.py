@@ -156,6 +156,35 @@ MUTATIONS = [
         "        R1 += P2[:, :, :1]\n",
         "tests/test_kernels_ops.py",
     ),
+    Mutation(
+        "a window of a shared table that begins one row late",
+        "memarch/layers/parts/pool.py",
+        "return at % self.rows",
+        "return (at + 1) % self.rows",
+        "tests/test_pool.py",
+    ),
+    Mutation(
+        "a second moment of the sum, not the mean, of a row",
+        "memarch/kernels/row_adam/__init__.py",
+        "square.mean(1, keepdim=True)",
+        "square.sum(1, keepdim=True)",
+        "tests/test_optim_tables.py",
+    ),
+    Mutation("usage that never begins again", "memarch/layers/parts/usage.py", "self.mass.zero_()", "pass", "tests/test_gauges.py"),
+    Mutation(
+        "values without their pre-values",
+        "memarch/layers/ultramem_v2.py",
+        "found.own * p[..., None]",
+        "found.own",
+        "tests/test_layer_ultramem_v2.py",
+    ),
+    Mutation(
+        "a lazy gradient that is not made unique",
+        "memarch/kernels/weighted_bag/operator.py",
+        "if not grad.is_coalesced() and not bool((rows[1:] > rows[:-1]).all()):",
+        "if False:",
+        "tests/test_optim_tables.py",
+    ),
 ]
 
 
