@@ -18,10 +18,10 @@ from memarch.callbacks import Guard, NonFinite
 from memarch.config import ConfigError
 from memarch.data import MQAR
 from memarch.data.module import TokenData
+from memarch.kernels.row_adam import PIECE
 from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers.parts.pool import ValuePool
 from memarch.optim import LazyAdamW, OptimConfig, average, build, clip, kept
-from memarch.kernels.row_adam import PIECE
 from memarch.optim.tables import unique
 from memarch.task import Task
 
