@@ -74,6 +74,25 @@ def test_pick_attention(device, dtype, here, rows, name):
         assert "flash" in choice.reason, "the reason says what kept the better one away"
 
 
+@pytest.mark.parametrize(
+    "op, shape, name",
+    [
+        ("product_key_topk", {"n": 4096, "k": 128}, "triton"),
+        ("product_key_topk", {"n": 4097, "k": 1}, "torch"),
+        ("product_key_topk", {"n": 512, "k": 129}, "torch"),
+        ("tucker_topk", {"n": 528, "k": 768, "axis": 128}, "triton"),
+        ("tucker_topk", {"n": 528, "k": 64, "axis": 129}, "torch"),
+        ("weighted_bag", {"d": 7, "R": 1}, "triton"),
+        ("row_dot", {"d": 4096, "R": 512}, "triton"),
+    ],
+)
+def test_pick_by_shape(op, shape, name):
+    choice = OPS[op].pick("cuda", HALF, **shape, here=WORKS)
+    assert choice.name == name
+    if name == "torch":
+        assert "triton: it takes up to" in choice.reason
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_pick_asks_nobody(op, monkeypatch):
     """Pure: device, dtype and shape in, answer out. It may neither look at the machine nor remember anything."""
@@ -102,6 +121,7 @@ def example(op: str) -> tuple:
         "attention": (x, x, x),
         "delta_rule": (x, x, x, None, None),
         "gated_linear": (x, x, x, -x.abs()),
+        "neural_memory": (x, x, x, -x[..., 0].abs(), None, x[..., 1].sigmoid()),
         "row_dot": (torch.randn(5, 2), torch.zeros(3, 4, dtype=torch.int64), torch.randn(3, 2)),
         "short_conv": (x[:, :, 0], torch.randn(4, 3)),
         "product_key_topk": (x, x, 2),

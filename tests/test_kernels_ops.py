@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memarch import kernels
 from memarch.kernels import OPS
+from memarch.kernels.neural_memory import Memory, start
 
 LENGTHS = (1, 2, 63, 64, 65, 130)
 
@@ -80,6 +81,44 @@ def attention(T: int, B: int = 3, H: int = 4, D: int = 6, V: int = 5) -> Iterato
         yield Case(f"T{T} history{history} window{window} sinks{sinks} groups{groups} pos{pos} slopes{slopes}", inputs)
 
 
+def neural_memory(T: int, B: int = 3, H: int = 2, K: int = 4, V: int = 5) -> Iterator[Case]:
+    """The exact linear form, which pads what it does not fill with tokens that are none; then chunks of 16, rows at different places."""
+    full = T in (2, 65)
+    for momentum, lengths, init, post in [(i & 1, i & 2, i & 4, "res" if i & 8 else "none") for i in (range(16) if full else (3, 15))]:
+        memory = Memory((draw(H, K, K if post == "res" else V),), post=post, decay_to="init" if init else "zero")
+        yield _memory_case(T, B, H, K, memory, momentum, lengths, {}, bool(init))
+    for momentum, lengths, post, states, more in (
+        (1, 0, "none", (1,), {}),
+        (0, 1, "res", (0,), {"clip": 0.5}),
+        (1, 1, "rms", (1,), {"window": 3}),
+        (0, 0, "ln", (0,), {"pull": draw(16).sigmoid(), "decay_to": "init"}),
+        (1, 1, "ln", (1,), {"pull": draw(16).sigmoid(), "decay_to": "init", "clip": 0.5, "window": 4, "activation": "silu"}),
+    ):
+        widths = (H, K + 1, 6), (H, 6, 5), (H, 6, V if post == "none" else K)  # with a bias in the first and the last layer
+        options = {n: more[n] for n in ("activation", "decay_to", "pull") if n in more} | {"post": post}
+        options["gain"] = 1 + 0.1 * draw(H, K) if post in ("rms", "ln") else None
+        options["bias"] = 0.1 * draw(H, K) if post == "ln" else None
+        memory = Memory(tuple(0.8 * draw(*w) for w in widths), **options)
+        chunks = {"grad_point": "chunk", "chunk": 16} | {n: more[n] for n in ("clip", "window") if n in more}
+        for state in (0, 1) if full else states:
+            yield _memory_case(T, B, H, K, memory, momentum, lengths, chunks, bool(state))
+    yield _memory_case(T, B, H, K, Memory((0.5 * draw(H, K, 6), 0.5 * draw(H, 6, V)), decay_to="init"), 1, 1, {"clip": 0.5}, True)  # exact, token by token
+
+
+def _memory_case(T: int, B: int, H: int, K: int, memory: Memory, momentum: int, lengths: int, options: dict[str, Any], state: bool) -> Case:
+    inputs = {"q": draw(B, T, H, K), "k": F.normalize(draw(B, T, H, K), dim=-1), "v": draw(B, T, H, memory.weights[-1].shape[-1])}
+    inputs |= {"log_decay": -0.1 * F.softplus(draw(B, T, H)), "log_momentum": -F.softplus(draw(B, T, H)) if momentum else None}
+    inputs |= {"step": 0.02 * draw(B, T, H).sigmoid(), "memory": memory, **options}
+    inputs["state"] = None
+    if state:
+        how = {n: x for n, x in options.items() if n != "clip"}
+        at_start = start(inputs["k"], inputs["v"], memory=memory, momentum=bool(momentum), **how)
+        inputs["state"] = mapped(lambda x: x + 0.1 * draw(*x.shape) if x.is_floating_point() else torch.tensor([0, 5, 15]), at_start)
+    inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+    what = options | {"layers": len(memory.weights), "post": memory.post, "decay_to": memory.decay_to}
+    return Case(f"T{T} momentum{momentum} lengths{lengths} state{int(state)} {what}", inputs, defined)
+
+
 def product_key_topk(T: int) -> Iterator[Case]:
     for n, k in ((9, 4), (9, 9), (1, 1), (40, 1), (40, 33)):
         yield Case(f"T{T} n{n} k{k}", {"s1": draw(2, T, n), "s2": draw(2, T, n), "k": k})
@@ -137,6 +176,7 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention,
     "delta_rule": delta_rule,
     "gated_linear": gated_linear,
+    "neural_memory": neural_memory,
     "product_key_topk": product_key_topk,
     "row_dot": row_dot,
     "short_conv": short_conv,
@@ -152,32 +192,41 @@ def test_every_op_has_cases():
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The floating point tensors by name, also those of a pair."""
+    """The floating point tensors by name, also those of a tuple in tuples."""
     out = {}
     for name, value in inputs.items():
-        for i, x in enumerate(value if isinstance(value, tuple) else (value,)):
-            if isinstance(x, Tensor) and x.is_floating_point():
-                out[f"{name}{i}" if isinstance(value, tuple) else name] = x
+        if isinstance(value, tuple):
+            out |= leaves({f"{name}{i}": x for i, x in enumerate(value)})
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            out[name] = value
     return out
+
+
+def flat(out: Any) -> list[Tensor]:
+    """The tensors an op gave, states of several tensors opened."""
+    return [y for x in out for y in flat(x)] if isinstance(out, tuple) else [out]
+
+
+def mapped(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """fn of every tensor in a tuple, named or not."""
+    if isinstance(x, tuple):
+        values = [mapped(fn, y) for y in x]
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+    return fn(x) if isinstance(x, Tensor) else x
 
 
 def prepare(inputs: dict[str, Any], dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Any]:
     """Fresh tensors, those of float64 in `dtype`."""
 
-    def fresh(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(fresh(y) for y in x)
-        if not isinstance(x, Tensor):
-            return x
+    def fresh(x: Tensor) -> Tensor:
         return x.detach().to(dtype).clone().requires_grad_(grad) if x.dtype == torch.float64 else x.clone()
 
-    return {name: fresh(x) for name, x in inputs.items()}
+    return {name: mapped(fresh, x) for name, x in inputs.items()}
 
 
 def run(op: str, inputs: dict[str, Any], impl: str | None, defined: Tensor | None = None) -> dict[str, Tensor]:
     """Outputs and, for fixed cotangents, gradients of every floating point input, by name."""
-    out = getattr(OPS[op], op)(**inputs, impl=impl)
-    outs = list(out) if isinstance(out, tuple) else [out]
+    outs = flat(getattr(OPS[op], op)(**inputs, impl=impl))
     if defined is not None:
         outs[0] = outs[0] * defined.view(*defined.shape, *[1] * (outs[0].ndim - 2)).to(outs[0])
     found = {f"output{i}": x.detach() for i, x in enumerate(outs)}
@@ -208,7 +257,7 @@ def test_equals_reference(op, impl):
             close(found[name], truth[name], 1e-10, f"{case.name}, {name}")
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv", "taylor_attention"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "neural_memory", "short_conv", "taylor_attention"])
 def test_a_thousand_tokens(op):
     """Many groups of chunks, the last chunk not full, rows of different length; what is carried has had time to go wrong."""
     case = list(CASES[op](1000))[-1]
@@ -244,7 +293,7 @@ def test_outputs_own_their_memory(op, impl):
             inputs = prepare(case.inputs, grad=grad)
             out = getattr(OPS[op], op)(**inputs, impl=impl)
             given = {x.untyped_storage().data_ptr() for x in leaves(inputs).values() if x.numel()}
-            for x in out if isinstance(out, tuple) else ():
+            for x in flat(out) if isinstance(out, tuple) else ():
                 assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), case.name
                 assert not x.numel() or x.untyped_storage().data_ptr() not in given, case.name
 
@@ -259,7 +308,7 @@ def test_inputs_are_left_alone(op, impl):
             assert torch.equal(x, before[name]), f"{case.name}: {name}"
 
 
-LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "gated_linear", "short_conv", "taylor_attention")]
+LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "gated_linear", "neural_memory", "short_conv", "taylor_attention")]
 
 
 @pytest.mark.parametrize("op, impl", LOW)
@@ -268,9 +317,8 @@ def test_low_precision_by_the_2x_3x_rule(op, impl, dtype):
     """Everyone gets the same rounded inputs; the error against float64 is at most twice (gradients: three times) the reference's own at
     that dtype. The floor allows sums of float32 in another order where the reference happens to round less."""
     for case in sweep(op, (2, 64, 130)):
-        rounded = {n: x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() and n != "slopes" else x for n, x in case.inputs.items()}
-        if rounded.get("sink"):
-            rounded["sink"] = tuple(x.to(dtype).double() for x in rounded["sink"])
+        rounded = {n: mapped(lambda x: x.to(dtype).double() if x.is_floating_point() else x, x) for n, x in case.inputs.items() if n != "slopes"}
+        rounded |= {n: case.inputs[n] for n in ("slopes",) if n in case.inputs}
         truth = run(op, prepare(rounded), "reference", case.defined)
         plain, fast = (run(op, prepare(rounded, dtype), name, case.defined) for name in ("reference", impl))
         for name in truth:
@@ -280,13 +328,14 @@ def test_low_precision_by_the_2x_3x_rule(op, impl, dtype):
 
 
 def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item() if x.numel() else 0.0
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
 COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T)
     "attention": ((65, 3), (65, 6), (130, 4), (1, 4)),
     "delta_rule": ((65, 15), (65, 0), (1, 4)),
     "gated_linear": ((65, 4), (65, 0), (1, 4)),
+    "neural_memory": ((65, 15), (65, 0), (65, 25), (65, 22), (1, 1), (1, 6)),
     "product_key_topk": ((2, 0), (2, 5)),
     "row_dot": ((2, 0),),
     "short_conv": ((65, 4), (1, 4)),
@@ -308,7 +357,7 @@ def test_one_graph_forward_and_backward(op):
 
 
 def outs_and_grads(out: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    outs = out if isinstance(out, tuple) else (out,)
+    outs = flat(out)
     wanted = [x for x in leaves(inputs).values() if x.requires_grad]
     loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in outs if x.requires_grad)
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -325,13 +374,16 @@ def test_forcing_is_seen_inside_a_graph():
     assert torch.equal(compiled(), free)
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "neural_memory", "short_conv"])
 def test_gradients_by_finite_differences(op):
-    for case in {"delta_rule": _tiny_delta(12), "gated_linear": _tiny_gated(12), "short_conv": _tiny_conv(5)}[op]:
+    tiny = {"delta_rule": _tiny_delta(12), "gated_linear": _tiny_gated(12), "neural_memory": _tiny_memory(7), "short_conv": _tiny_conv(5)}
+    for case in tiny[op]:
         inputs = prepare(case.inputs)
 
         def call(*xs: Tensor, inputs: dict[str, Any] = inputs) -> Any:
-            return getattr(OPS[op], op)(**inputs | dict(zip(leaves(inputs), xs, strict=True)))
+            given = {id(x): y for x, y in zip(leaves(inputs).values(), xs, strict=True)}
+            out = flat(getattr(OPS[op], op)(**{n: mapped(lambda x: given.get(id(x), x), x) for n, x in inputs.items()}))
+            return tuple(x for x in out if x.is_floating_point())
 
         assert torch.autograd.gradcheck(call, tuple(leaves(inputs).values()))
 
@@ -347,11 +399,25 @@ def _tiny_gated(T: int) -> Iterator[Case]:
     yield Case("", inputs)
 
 
+def _tiny_memory(T: int) -> Iterator[Case]:
+    linear = Memory((draw(1, 3, 2),), decay_to="init", post="res")
+    mlp = Memory((draw(1, 3, 3), draw(1, 3, 2)), "gelu", "ln", draw(1, 2), draw(1, 2), "init", draw(3).sigmoid())
+    yield _memory_case(T, 3, 1, 2, linear, 1, 1, {}, True)
+    for momentum in (0, 1):
+        yield _memory_case(T, 1, 1, 2, mlp, momentum, 0, {"grad_point": "chunk", "chunk": 3, "window": 2, "clip": 1.0}, False)
+
+
 def _tiny_conv(T: int) -> Iterator[Case]:
     yield Case("", {"x": draw(2, T, 2), "weight": draw(2, 3), "bias": draw(2), "state": draw(2, 2, 2), "lengths": torch.tensor([1, T])})
 
 
-STATEFUL = {"delta_rule": ("q", "k", "v", "beta", "g"), "gated_linear": ("q", "k", "v", "g"), "short_conv": ("x",), "taylor_attention": ("q", "k", "v")}
+STATEFUL = {
+    "delta_rule": ("q", "k", "v", "beta", "g"),
+    "gated_linear": ("q", "k", "v", "g"),
+    "neural_memory": ("q", "k", "v", "log_decay", "log_momentum", "step"),
+    "short_conv": ("x",),
+    "taylor_attention": ("q", "k", "v"),
+}
 
 
 @pytest.mark.parametrize("op", STATEFUL)
@@ -361,6 +427,7 @@ def test_pieces_equal_whole(op, impl, cuts):
     case = {
         "delta_rule": lambda: list(delta_rule(70))[3],
         "gated_linear": lambda: list(gated_linear(70))[3],
+        "neural_memory": lambda: list(neural_memory(70))[6],
         "short_conv": lambda: list(short_conv(70))[3],
         "taylor_attention": lambda: list(taylor_attention(70))[3],
     }[op]()
@@ -393,8 +460,9 @@ def test_pads_are_invisible(op, impl, T):
         close(a[name], b[name], 1e-12, name)
     for name in STATEFUL[op]:
         assert (b[f"gradient of {name}"][~case.defined] == 0).all(), name
-    state = max(name for name in a if name.startswith("output"))
-    assert torch.equal(a[state][0], case.inputs["state"][0])
+    kept = flat(case.inputs["state"])
+    state = [x for name, x in a.items() if name.startswith("output")][-len(kept) :]
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(state, kept, strict=True))
 
 
 @pytest.mark.parametrize("op", STATEFUL)
@@ -403,7 +471,7 @@ def test_only_some_inputs_need_a_gradient(op):
     everything = run(op, prepare(case.inputs), "torch", case.defined)
     for name in leaves(case.inputs):
         inputs = prepare(case.inputs, grad=False)
-        inputs[name].requires_grad_()
+        leaves(inputs)[name].requires_grad_()
         alone = run(op, inputs, "torch", case.defined)
         torch.testing.assert_close(alone[f"gradient of {name}"], everything[f"gradient of {name}"], rtol=0, atol=0)
 
@@ -418,7 +486,8 @@ def test_only_one_output_is_used(op, used):
         out = getattr(OPS[op], op)(**inputs, impl=impl)[used]
         if case.defined is not None and not used:
             out = out * case.defined.view(*case.defined.shape, *[1] * (out.ndim - 2))
-        grads = torch.autograd.grad(out.square().sum(), list(leaves(inputs).values()), allow_unused=True)
+        loss = sum(x.square().sum() for x in flat(out) if x.requires_grad)
+        grads = torch.autograd.grad(loss, list(leaves(inputs).values()), allow_unused=True)
         found.append([torch.zeros_like(x) if y is None else y for x, y in zip(leaves(inputs).values(), grads, strict=True)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)

@@ -14,13 +14,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memarch.kernels import attention, delta_rule, flops, gated_linear, product_key_topk, row_dot, short_conv, taylor_attention, tucker_topk, weighted_bag
+from memarch.kernels import (
+    attention,
+    delta_rule,
+    flops,
+    gated_linear,
+    neural_memory,
+    product_key_topk,
+    row_dot,
+    short_conv,
+    taylor_attention,
+    tucker_topk,
+    weighted_bag,
+)
 from memarch.kernels.choose import Machine, known_bad, machine, using
 
 OPS = {
     "attention": attention,
     "delta_rule": delta_rule,
     "gated_linear": gated_linear,
+    "neural_memory": neural_memory,
     "product_key_topk": product_key_topk,
     "row_dot": row_dot,
     "short_conv": short_conv,
