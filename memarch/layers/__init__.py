@@ -22,6 +22,10 @@ from memarch.layers.product_key import PKM, PKMConfig
 from memarch.layers.retnet import RetNet, RetNetConfig
 from memarch.layers.short_conv import ShortConvConfig, ShortConvMixer
 from memarch.layers.swiglu import SwiGLU, SwiGLUConfig
+from memarch.layers.titans_lmm import TitansLMM, TitansLMMConfig
+from memarch.layers.titans_mac import TitansMAC, TitansMACConfig
+from memarch.layers.titans_mag import TitansMAG, TitansMAGConfig
+from memarch.layers.titans_mal import TitansMAL, TitansMALConfig
 from memarch.layers.ultramem import UltraMem, UltraMemConfig
 from memarch.layers.ultramem_v2 import UltraMemV2, UltraMemV2Config
 
@@ -39,6 +43,10 @@ MIXERS = {
     "mom": MoMConfig,
     "retnet": RetNetConfig,
     "short_conv": ShortConvConfig,
+    "titans_lmm": TitansLMMConfig,
+    "titans_mac": TitansMACConfig,
+    "titans_mag": TitansMAGConfig,
+    "titans_mal": TitansMALConfig,
 }
 
 CHANNELS = {
@@ -99,6 +107,14 @@ __all__ = [
     "ShortConvMixer",
     "SwiGLU",
     "SwiGLUConfig",
+    "TitansLMM",
+    "TitansLMMConfig",
+    "TitansMAC",
+    "TitansMACConfig",
+    "TitansMAG",
+    "TitansMAGConfig",
+    "TitansMAL",
+    "TitansMALConfig",
     "UltraMem",
     "UltraMemConfig",
     "UltraMemV2",

@@ -34,6 +34,7 @@ PEER = "He 2024, arXiv 2407.04153"
 MEMORY_PLUS = "Berges et al. 2024, arXiv 2412.09764"
 ULTRAMEM = "Huang et al. 2025, arXiv 2411.12364"
 ULTRAMEM_V2 = "Huang et al. 2025, arXiv 2508.18756"
+TITANS = "Behrouz et al. 2024, arXiv 2501.00663"
 TRANSFORMER = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -68,6 +69,20 @@ def gated_delta(dim: int, layers: int, hidden: int) -> dict[str, Any]:
 
 def tiny(mixer: dict[str, Any], ffn: dict[str, Any] | None = None) -> dict[str, Any]:
     return {**TINY, "pattern": "M", "parts": {"M": {"mixer": mixer, "ffn": ffn or {**SWIGLU, "hidden": 128}}}}
+
+
+def titans(variant: str, heads: int, chunk: int, near: int, persistent: int) -> dict[str, Any]:
+    """One of the four layers; `near` is how far attention reaches: a window, or MAC's segment."""
+    memory = {"kind": "titans_lmm", "heads": heads, "chunk": chunk}
+    if variant == "lmm":
+        return memory
+    if variant == "mac":
+        return {"kind": "titans_mac", "segment": near, "persistent": persistent, "heads": heads, "memory": memory}
+    return {"kind": f"titans_{variant}", "persistent": persistent, "attention": {"kind": "attention", "heads": heads, "window": near}, "memory": memory}
+
+
+# Name, width, layers, and the feed-forward's hidden width where the memory stands alone and where it stands with attention.
+TITANS_SIZES = (("170m", 768, 12, 3840, 2816), ("340m", 1024, 24, 2240, 896), ("400m", 1024, 24, 3072, 1728), ("760m", 1536, 24, 3584, 1536))
 
 
 def ultramem(dim: int, layers: int, heads: int, keys: int, topk: int, spans: str) -> dict[str, Any]:
@@ -183,6 +198,10 @@ PRESETS: dict[str, Preset] = {
             "pools": {name: {"rows": 1536, "width": 16, "window": 1024, "step": 512} for name in ("facts", "gates")},
         },
     ),
+    "titans-lmm-tiny": Preset("neural", TITANS, None, tiny(titans("lmm", 2, 16, 16, 4))),
+    "titans-mac-tiny": Preset("neural", TITANS, None, tiny(titans("mac", 2, 16, 32, 4))),
+    "titans-mag-tiny": Preset("neural", TITANS, None, tiny(titans("mag", 2, 16, 16, 4))),
+    "titans-mal-tiny": Preset("neural", TITANS, None, tiny(titans("mal", 2, 16, 16, 4))),
     "rmt-tiny": Preset("segment", "Bulatov et al. 2022, arXiv 2207.06881", "transformer-tiny", {"wrap": [{"kind": "rmt", "segment": 32, "memory": 4}]}),
     "transformer-160m": Preset(
         "attention",
@@ -198,6 +217,13 @@ PRESETS: dict[str, Preset] = {
     "mamba2-1.3b": Preset("linear", MAMBA2, None, model(50288, 2048, 48, {"kind": "mamba2"}, None, norm_eps=1e-5), "1.3B"),
     "mom-380m": Preset("linear", MOM, None, mom(1024, 2048, tie=True), "0.5B"),  # the model card; the paper's 444M is not what its config adds up to
     "mom-1.3b": Preset("linear", MOM, None, mom(2048, 5632, tie=False), "1.62B"),
+    # The paper prints totals and nothing else. Widths, depths and the 16 heads are those of the same authors' later tables (2504.13173; 400M has none and is
+    # 340M's), chunks, windows and persistent tokens are guesses, and the feed-forward has the parameters that are left.
+    **{
+        f"titans-{variant}-{size}": Preset("neural", TITANS, None, model(32000, dim, layers, titans(variant, 16, 64, 512, 16), hidden), size.upper())
+        for size, dim, layers, alone, beside in TITANS_SIZES
+        for variant, hidden in (("lmm", alone), ("mac", beside), ("mag", beside), ("mal", beside))
+    },
     # PKM's and PEER's papers name no model: their memory, of the papers' size and in the papers' place, on the same backbone.
     "pkm-160m": Preset("memory", PKM, "transformer-160m", replaced(9, 12, {"kind": "pkm", "keys": 512, "query_dim": 512})),
     "peer-160m": Preset("memory", PEER, "transformer-160m", replaced(6, 12, {"kind": "peer", "keys": 1024})),

@@ -23,7 +23,8 @@ class SegmentState(NamedTuple):
 
 
 class SegmentWrapper(SequenceMixer):
-    """`open` makes the inner state a segment begins with; `close` makes the memory that a finished one leaves."""
+    """`open` makes the inner state a segment begins with; `close` makes the memory that a finished one leaves. `turn` does both, for a mixer
+    whose next segment begins with more than what is kept beside it."""
 
     def __init__(self, inner: SequenceMixer, size: int, extra: int):
         super().__init__()
@@ -39,6 +40,10 @@ class SegmentWrapper(SequenceMixer):
 
     def close(self, inner: State, memory: State) -> State:
         raise NotImplementedError
+
+    def turn(self, inner: State, memory: State, batch: int) -> tuple[State, State]:
+        memory = self.close(inner, memory)
+        return self.open(memory, batch), memory
 
     def start(self, batch: int) -> SegmentState:
         memory = self.memory(batch)
@@ -88,16 +93,15 @@ class SegmentWrapper(SequenceMixer):
     def _turn(self, inner: State, memory: State, finished: Tensor | None) -> tuple[State, State]:
         """Close the finished rows (None: all) and open their next segment."""
         if finished is None:
-            memory = self.close(inner, memory)
-            return self.open(memory, states.rows(memory) or 0), memory
+            return self.turn(inner, memory, states.rows(inner) or 0)
         if torch.compiler.is_compiling() or finished.is_meta:  # one graph for every state: do it for all rows and select
-            closed = self.close(inner, memory)
-            return states.select(finished, self.open(closed, len(finished)), inner), states.select(finished, closed, memory)
+            opened, closed = self.turn(inner, memory, len(finished))
+            return states.select(finished, opened, inner), states.select(finished, closed, memory)
         index = finished.nonzero().squeeze(1)
         if not len(index):
             return inner, memory
-        closed = self.close(states.take(inner, index), states.take(memory, index))
-        return states.put(inner, index, self.open(closed, len(index))), states.put(memory, index, closed)
+        opened, closed = self.turn(states.take(inner, index), states.take(memory, index), len(index))
+        return states.put(inner, index, opened), states.put(memory, index, closed)
 
     def grows(self) -> int | None:
         return self.inner.grows() if self.inner.grows() is not None else self.size
