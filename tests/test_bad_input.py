@@ -59,7 +59,7 @@ PYTHON = {
         lambda: model(parts={"A": {"ffn": {"kind": "pkm", "keys": 8, "topk": 2, "pool": "facts"}}}, pools={"facts": {"rows": 9}}),
         ["'facts'", "9 x 16", "64 x 16"],
     ),
-    "a table too large": (lambda: layer_alone(kind="pkm", keys=2**22), ["17,592,186,044,416 x 16", "1,024.0 TiB", "GiB free", "fewer keys"]),
+    "a table too large": (lambda: layer_alone(kind="pkm", keys=2**22), ["17,592,186,044,416 x 16", "1024 TiB", "GiB free", "fewer keys"]),
     "cores do not divide": (lambda: layer_alone(kind="ultramem", value_dim=7), ["cores 2", "divide the value width 7"]),
     "Tucker rank 0": (lambda: layer_alone(kind="ultramem_v2", rank=0), ["rank", "at least 1", "got 0"]),
     "NaN queries": (lambda: layer_alone(kind="pkm", keys=8, topk=2)(torch.full((1, 1, 16), torch.nan)), ["NaN", "queries", "overflowed"]),

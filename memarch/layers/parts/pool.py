@@ -24,6 +24,7 @@ from memarch.kernels.row_dot import row_dot
 from memarch.kernels.weighted_bag import weighted_bag
 from memarch.layers.parts.linear import normal_
 from memarch.layers.parts.usage import Usage
+from memarch.units import size
 
 DTYPES = {"model": None, "bfloat16": torch.bfloat16}
 
@@ -171,7 +172,7 @@ def afford(rows: int, width: int, dtype: torch.dtype) -> None:
     free, need = free_memory(device), rows * width * dtype.itemsize
     if free is not None and need > free:
         raise ConfigError(
-            f"a table of {rows:,} x {width} values of {dtype} takes {words(need)}; {device} has {words(free)} free. "
+            f"a table of {rows:,} x {width} values of {dtype} takes {size(need)}; {device} has {size(free)} free. "
             "Take fewer keys, a narrower row or a pool of dtype bfloat16; with device='meta' a model of any size can be looked at."
         )
 
@@ -184,7 +185,3 @@ def free_memory(device: torch.device) -> int | None:
         return None
     with open("/proc/meminfo") as lines:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def words(size: float) -> str:
-    return next(f"{size / 2**p:,.1f} {unit}" for p, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (0, "B")) if size >= 2**p or not p)
