@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from memarch import create_model, list_models
 from memarch.callbacks import Guard, Metrics, logger
 from memarch.callbacks.flops import PEAKS, Counter, count, peak
 from memarch.callbacks.metrics import Window
@@ -176,6 +177,16 @@ def test_attention_counts_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_computed_twice_counts_once() -> None:
     assert work(make(recompute=True)) == work(make())
+
+
+@pytest.mark.parametrize("name", list_models("*-tiny"))
+def test_every_kind_can_be_counted(name: str) -> None:
+    """Also where a layer calls a module with a parameter."""
+    model = create_model(name)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with Counter() as counter:
+        torch.autograd.grad(model(torch.ones(2, 40, dtype=torch.int64)).logits.sum(), weights, allow_unused=True)
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.slow
