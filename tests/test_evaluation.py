@@ -24,6 +24,7 @@ SMALL = {
     "copy": {"lengths": (24, 40), "copies": (4, 8), "examples": 6},
     "selective_copy": {"lengths": (24, 40), "copies": (4, 8), "examples": 6},
     "needle": {"lengths": (32, 64), "depths": (0.0, 0.5, 1.0), "examples": 6, "value_len": 2},
+    "age": {"pairs": 12, "every": 5, "examples": 6},
     "facts": {"facts": 250, "sets": 2, "asked": 8},
     "text": {"tokens": 600, "context": 250},
 }
@@ -133,6 +134,14 @@ def test_gap_buckets_show_where_a_window_ends():
         if row["gap"] >= 17:
             assert row["accuracy"] == 0.0
     assert 0 < table.rows[0]["accuracy"] < 1
+
+
+def test_a_pair_is_read_from_the_state_at_every_age():
+    """Every question comes from a copy of the same state: one that remembers all is right, one that looks back 20 tokens knows what is younger."""
+    assert all(row["accuracy"] == 1.0 for row in evaluate(Copycat(), "age", pairs=12, every=5, examples=4).rows)
+    table = evaluate(Copycat(reach=20), "age", pairs=12, every=5, examples=4)
+    assert [(row["age"], row["answers"]) for row in table.rows] == [(4, 4), (8, 8), (16, 12), (32, 24)]  # ages 4, 9 and 14, 19 and 24 and 29, ..
+    assert [row["accuracy"] for row in table.rows] == [1.0, 1.0, pytest.approx(1 / 3), 0.0]
 
 
 def test_uniform_guessing_costs_eight_bits_a_byte(tmp_path):
@@ -261,6 +270,8 @@ BAD = {
     "no such text": (lambda: evaluate(Uniform(), "text", path="/no/such/file"), r"no such file or folder"),
     "facts without keys": (lambda: evaluate(Uniform(), "facts", facts=70000), r"key_length 2 make 65536 distinct keys"),
     "facts of other tokens": (lambda: evaluate(Uniform(), "facts", vocab_size=512), r"vocab_size = 512: the model knows 256 tokens"),
+    "more pairs than keys": (lambda: evaluate(Uniform(), "age", pairs=128), r"pairs = 128: a vocabulary of 256 has 127 distinct keys"),
+    "pairs on top of each other": (lambda: make_task("age", every=1), r"every = 1: must be at least 2"),
     "no question": (lambda: make_task("facts", questions=0), r"questions = 0: must be at least 1, or null for every fact"),
     "cell": (lambda: evaluate(Uniform(), "copy", examples=2).value(length=3), r"0 cells match .*Cells: length 64, copies 8;"),
 }

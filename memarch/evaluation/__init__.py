@@ -1,4 +1,4 @@
-"""What a trained model can do: recall over length, copying, the needle, facts in weights, text. Every task is a config; every answer is a Table.
+"""What a trained model can do: recall over length and age, copying, the needle, facts in weights, text. Every task is a config; every answer is a Table.
 
     from memarch.evaluation import evaluate
     table = evaluate(model, "mqar", lengths=(64, 512), pairs=(4, 8), filler="zero")
@@ -18,6 +18,7 @@ import torch
 from memarch.config import ConfigError, allowed, decode, digest, encode
 from memarch.data import MQAR, Copy, Facts, Needle, SelectiveCopy
 from memarch.data.packed import Packed
+from memarch.evaluation.age import AgeTask
 from memarch.evaluation.facts import FactsTask
 from memarch.evaluation.perplexity import TextTask
 from memarch.evaluation.recall import CopyTask, MQARTask, NeedleTask, SelectiveCopyTask
@@ -28,6 +29,7 @@ TASKS = {
     "copy": CopyTask,
     "selective_copy": SelectiveCopyTask,
     "needle": NeedleTask,
+    "age": AgeTask,
     "facts": FactsTask,
     "text": TextTask,
 }
@@ -36,6 +38,7 @@ TaskConfig: Any = Union[tuple(TASKS.values())]
 
 __all__ = [
     "TASKS",
+    "AgeTask",
     "CopyTask",
     "Estimate",
     "FactsTask",

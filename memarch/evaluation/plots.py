@@ -40,6 +40,7 @@ STYLE: Any = {
 }
 UNITS = {
     "length": "sequence length (tokens)",
+    "age": "age of the pair (tokens)",
     "gap": "distance back to the fact (tokens)",
     "position": "position in the document (tokens)",
     "depth": "depth of the needle (share of the text before it)",
@@ -218,12 +219,22 @@ def position(table: Table) -> Figure:
     return fig
 
 
+def ages(table: Table) -> Figure:
+    """Accuracy by how long ago a pair was stored."""
+    rows = [{**row, "age": row["age"] * 2**0.5} for row in table.rows]  # the middle of its octave
+    with figure(2.2) as (fig, (ax,)):
+        line = Line("", *([row[name] for row in rows] for name in ("age", table.metric, "error")))
+        draw_lines(ax, [line], "age", table.metric)
+        ticks(ax, sorted({edge for row in table.rows for edge in (row["age"], 2 * row["age"])}))
+    return fig
+
+
 def bars(table: Table) -> Figure:
     """Cells below each other."""
     return strip([{**table.settings(row), "value": row[table.metric]} for row in table.rows], table.axes, table.metric)
 
 
-FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "facts": bars, "text": position}
+FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "age": ages, "facts": bars, "text": position}
 
 
 def draw(table: Table) -> Figure:
