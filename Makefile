@@ -30,6 +30,7 @@ test-gpu: setup
 	$(PY) -m pytest -q -m gpu
 
 bench: setup
+	$(PY) -m memarch warmup
 	$(PY) -m benchmarks
 
 lint: setup

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import memory_cases, peers
+from benchmarks import memory_cases, peers, titans_cases
 from benchmarks.cases import FIELDS, Case, decoders, scaling
 from benchmarks.cases import cases as linear_cases
 
@@ -29,12 +29,14 @@ RESULTS = Path(__file__).parent / "results.csv"
 SCALING = Path(__file__).parent / "scaling.csv"
 KEPT = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" and os.environ.get("MALLOC_MMAP_MAX_") == "0"  # as the Makefile sets them
 DEVICE = f"cpu {platform.machine()}" + (", large pages, memory kept" if KEPT else "")
+TOKENS = [2**i for i in range(10, 17)]
 GROWTH = ("date", "commit", "op", "mode", "shape", "tokens", "ms", "exponent", "threads", "device", "torch")
 
 
 def cases() -> Iterator[Case]:
     yield from linear_cases()
     yield from memory_cases.cases()
+    yield from titans_cases.cases()
 
 
 def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
@@ -81,27 +83,29 @@ def commit() -> str:
     return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
-def growth(rounds: int) -> list[dict[str, Any]]:
-    """Time over 2k to 32k tokens with the exponent of a fitted power law (1: linear; 0: constant), the least of several times each."""
+def growth(rounds: int, ops: list[str]) -> list[dict[str, Any]]:
+    """Time over 1k to 64k tokens with the exponent of a fitted power law (1: linear; 0: constant), the least of several times each."""
     rows = []
-    tokens = [2048 * 2**i for i in range(5)]
 
     def row(op: str, mode: str, shape: str, best: list[float]) -> None:
-        exponent = np.polyfit(np.log(tokens), np.log(best), 1)[0]
-        values = (date.today(), commit(), op, mode, shape, " ".join(map(str, tokens)), " ".join(f"{t:.3g}" for t in best), f"{exponent:.3f}")
+        exponent = np.polyfit(np.log(TOKENS), np.log(best), 1)[0]
+        values = (date.today(), commit(), op, mode, shape, " ".join(map(str, TOKENS)), " ".join(f"{t:.3g}" for t in best), f"{exponent:.3f}")
         rows.append(dict(zip(GROWTH, (*values, 1, DEVICE, torch.__version__), strict=True)))
 
-    for op, at in track(scaling().items(), "growing", disable=not sys.stdout.isatty(), transient=True):
+    def chosen(found: dict[str, Any], what: str) -> Iterator[tuple[str, Any]]:
+        items = [(op, x) for op, x in found.items() if not ops or op in ops]
+        yield from track(items, what, disable=not sys.stdout.isatty(), transient=True)
+
+    for op, at in chosen(scaling() | titans_cases.scaling(), "growing"):
         for mode in ("fwd", "fwd+bwd"):
             best, shape = [], ""
-            for T in tokens:
+            for T in TOKENS:
                 shape, call, inputs = at(T)
                 once(call, inputs, mode != "fwd")
                 best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
             row(op, mode, shape, best)
-    for kind, layer in track(decoders().items(), "decoding", disable=not sys.stdout.isatty(), transient=True):
-        best = [decode(layer, T, rounds) for T in tokens]
-        row(f"{kind} layer", "one token after so many", "B=1 D=256 fp32", best)
+    for op, layer in chosen({f"{name} layer": x for name, x in (decoders() | titans_cases.family()).items()}, "decoding"):
+        row(op, "one token after so many", "B=1 D=256 fp32", [decode(layer, T, rounds) for T in TOKENS])
     return rows
 
 
@@ -123,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="only these ops")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--scaling", action="store_true", help="time over 2k to 32k tokens instead, appended to benchmarks/scaling.csv")
+    parser.add_argument("--scaling", action="store_true", help="time over 1k to 64k tokens instead, appended to benchmarks/scaling.csv")
     parser.add_argument("--dry", action="store_true", help="print, and leave results.csv as it is")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -136,7 +140,7 @@ def main() -> int:
     for case in track(chosen, "timing", console=out, disable=not out.is_terminal, transient=True):
         if case.same:
             right(case)
-        for mode in ("fwd", "fwd+bwd"):
+        for mode in case.modes:
             times = measure(case, mode == "fwd+bwd", args.rounds)
             ours = statistics.median(times["ours"])
             for name, found in times.items():
@@ -169,8 +173,8 @@ def main() -> int:
 
 
 def grow(args: argparse.Namespace) -> int:
-    out, rows = Console(width=160), growth(min(args.rounds, 5))
-    table = Table("op", "mode", "shape", "ms at 2k, 4k, 8k, 16k, 32k tokens", "exponent", box=None)
+    out, rows = Console(width=160), growth(min(args.rounds, 5), args.ops)
+    table = Table("op", "mode", "shape", "ms at 1k, 2k, .. 64k tokens", "exponent", box=None)
     for row in rows:
         table.add_row(row["op"], row["mode"], row["shape"], row["ms"], row["exponent"])
     out.print(table)

@@ -23,6 +23,10 @@ class Case(NamedTuple):
     inputs: list[Tensor]  # floating ones are differentiated in mode fwd+bwd
     providers: dict[str, Callable[..., Tensor]]
     same: bool = True  # all providers compute the same; False: what is compared is the cost of different things
+    modes: tuple[str, ...] = ("fwd", "fwd+bwd")
+
+
+Sized = Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]  # tokens -> shape, the call and its inputs
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -148,10 +152,10 @@ def cases() -> Iterator[Case]:
 FIELDS: Any = ("date", "commit", "op", "mode", "shape", "provider", "ms", "ms_p20", "ms_p80", "times_ours", "runs", "threads", "device", "torch")
 
 
-def scaling() -> dict[str, Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]]:
-    """What is timed over growing lengths: op -> T -> shape, the call, and its inputs, state last."""
+def scaling() -> dict[str, Sized]:
+    """What is timed over growing lengths, by op."""
 
-    def op(make: Callable[[int], Case]) -> Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]:
+    def op(make: Callable[[int], Case]) -> Sized:
         def at(T: int) -> tuple[str, Callable[..., Any], list[Tensor]]:
             case = make(T)
             return case.shape.replace(f" T={T}", ""), case.providers["ours"], case.inputs

@@ -172,7 +172,7 @@ def trained(build: peers.Build) -> Callable[[Tensor], Tensor]:
     def call(x: Tensor) -> Tensor:
         made().zero_grad()
         y = made()(x)
-        return y if isinstance(y, Tensor) else y.y
+        return y if isinstance(y, Tensor) else y[0]
 
     return call
 

@@ -89,6 +89,18 @@ def pkm(ours: Build) -> dict[str, Build]:
     return both("product-key-memory", build) if found else {}
 
 
+def titans(D: int, H: int = 4) -> dict[str, Build]:
+    """NeuralMemory of titans-pytorch with heads as ours and its MLP x4: as it comes, with the gradients of a whole call at the weights it began with, and
+    with gradients anew every 64 tokens, as ours are. Its weights change every 64 tokens in both."""
+    found = layer("titans-pytorch", "titans_pytorch", "NeuralMemory")
+
+    def build(batch: int | None = None) -> nn.Module:
+        return found(dim=D, heads=H, dim_head=D // H, chunk_size=64, batch_size=batch, qk_rmsnorm=True)
+
+    name = f"titans-pytorch {importlib.metadata.version('titans-pytorch')}" if found else ""
+    return {f"{name} NeuralMemory": build, f"{name} NeuralMemory, batch_size 64": lambda: build(64)} if found else {}
+
+
 def sides_first(weight: Tensor, H: int, side: int) -> Tensor:
     """Of a map to queries: heads of two halves -> two halves of all heads."""
     return weight.view(H, 2, side, -1).transpose(0, 1).flatten(0, 2)

@@ -27,6 +27,7 @@ class Mutation(NamedTuple):
 
 LAWS, TABLES, MODEL = "tests/test_laws.py", "tests/test_tables.py", "tests/test_model.py"
 GD, AT, LM = "memarch/layers/parts/recurrent.py", "memarch/layers/attention.py", "memarch/models/lm.py"
+TITANS = "tests/test_layer_titans.py"
 HEADS, BUCKETS = "memarch/layers/parts/heads.py", "memarch/layers/parts/buckets.py"
 
 MUTATIONS = [
@@ -102,10 +103,24 @@ MUTATIONS = [
     ),
     Mutation(
         "a segment that closes one token late",
-        "memarch/wrappers/segment.py",
+        "memarch/layers/parts/segment.py",
         "take = torch.minimum(self.size - place, left - done).clamp(min=0)  # [B]",
         "take = torch.minimum(self.size + 1 - place, left - done).clamp(min=0)",
         LAWS,
+    ),
+    Mutation(
+        "what the memory knows of the next token",
+        "memarch/layers/titans_mac.py",
+        "seen.repeat_interleave(2, -1)",
+        "torch.stack([seen | seen.roll(1, -1), seen], -1).flatten(-2)",
+        TITANS,
+    ),
+    Mutation(
+        "a memory that forgets its place in a chunk",
+        "memarch/layers/titans_mac.py",
+        "memory = state.memory if state.k.shape[1] else aligned(state.memory)",
+        "memory = aligned(state.memory)",
+        TITANS,
     ),
     Mutation(
         "a parameter that nothing reads",

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memarch import LM, LMConfig, kernels
+from memarch import state as states
 from memarch.config import ConfigError
 from memarch.kernels.neural_memory import neural_memory
-from memarch.layers import AttentionConfig, TitansLMMConfig, TitansMACConfig, TitansMAGConfig, TitansMALConfig
+from memarch.layers import AttentionConfig, SwiGLUConfig, TitansLMMConfig, TitansMACConfig, TitansMAGConfig, TitansMALConfig
 from memarch.layers.parts.neural import Kind
 from memarch.layers.parts.norm import l2_norm
+from memarch.models.lm import BlockConfig
 from zoo import DIM, F64, close, noisy
 
 LMM = [config for config in TitansLMMConfig.examples() if not config.shift]
@@ -220,7 +223,7 @@ def test_mac_segment_by_segment(P, positions, memory):
             keys = torch.cat([keys[:, :P], turned(keys[:, P : P + L], place), turned(keys[:, P + L :], place)], 1)
             queries = turned(queries, place)
         past = place <= place[:, None]
-        y = inner.out(dense(queries, keys, values, torch.cat([torch.ones(L, P, dtype=torch.bool), past, past], 1)))
+        y = z + inner.out(dense(queries, keys, values, torch.cat([torch.ones(L, P, dtype=torch.bool), past, past], 1)))
         m = inner.memory(rms(inner.y_norm, y), state)
         state = m.state
         outs.append(mixed(inner.mix, y, m.y))
@@ -278,6 +281,68 @@ def test_decoding_writes_without_gradients(config):
             state = out.state
             outs.append(out.y)
     close(torch.cat(outs, 1), wanted, "output", 1e-10)
+
+
+def test_mac_writes_each_token_into_one_chunk():
+    """Every segment begins with a chunk, so the memory works as much as it would without segments."""
+    config, x = HYBRIDS["mac"], inputs(64)
+
+    def products(layer):
+        with kernels.flop_counter() as counter, torch.enable_grad():
+            layer(x)
+        return {str(op): n for op, n in counter.get_flop_counts()["Global"].items() if "neural_memory" in str(op)}
+
+    alone, inside = (products(noisy(c.build(DIM))) for c in (config.memory, config))
+    assert alone == inside and len(alone) == 1
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+PAIRS, KINDS = 4, 8  # pairs of a row; kinds of keys, and of values
+
+
+def told_and_asked(rows, generator):
+    """-> tokens [rows, 3 PAIRS], key value key value .., then the keys in another order; and the values that they ask for"""
+    keys = torch.rand(rows, KINDS, generator=generator).argsort(1)[:, :PAIRS]
+    values = torch.randint(KINDS, 2 * KINDS, (rows, PAIRS), generator=generator)
+    order = torch.rand(rows, PAIRS, generator=generator).argsort(1)
+    return torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, order)], 1), values.gather(1, order)
+
+
+def learned(mixer, steps, rate, frozen=False):
+    """The share of values that two layers recall after training; `frozen`: nothing is ever written."""
+    part = BlockConfig(mixer=mixer, ffn=SwiGLUConfig(hidden=64))
+    model = LM(LMConfig(vocab_size=2 * KINDS, dim=32, layers=2, pattern="M", parts={"M": part}))
+    for name, p in model.named_parameters():
+        if frozen and name.endswith("gate_bias"):
+            p.requires_grad_(False)[-2:] = -torch.inf  # the steps of two heads
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(steps):
+        optimiser.param_groups[0]["lr"] = rate * (1 - i / steps)
+        tokens, values = told_and_asked(32, generator)
+        optimiser.zero_grad()
+        F.cross_entropy(model(tokens).logits[:, -PAIRS:].mT, values).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    with torch.no_grad():
+        tokens, values = told_and_asked(1000, generator)
+        return (model(tokens).logits[:, -PAIRS:].argmax(-1) == values).double().mean().item()
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_it_learns_to_recall(momentum):
+    """A guess is right once in eight times."""
+    assert learned(TitansLMMConfig(heads=2, depth=1, momentum=momentum, init="recall"), 100, 1e-2) > 0.6
+
+
+@pytest.mark.slow
+def test_mac_recalls_what_an_earlier_segment_was_told():
+    """Which its attention alone, inside of segments, cannot know."""
+    memory = TitansLMMConfig(heads=2, depth=1, shift=True, conv=0)
+    config = TitansMACConfig(segment=2 * PAIRS, persistent=0, heads=2, memory=memory)
+    assert learned(config, 600, 5e-3) > 0.8
+    assert learned(config, 600, 5e-3, frozen=True) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------ gates, gauges, errors
@@ -347,6 +412,8 @@ FORMS = {
     "matrix": TitansLMMConfig(heads=1, depth=1, grad_point="chunk"),
     "mlp": TitansLMMConfig(heads=1),
     "plain mlp": TitansLMMConfig(heads=1, post="none"),
+    "ttt linear": TitansLMMConfig(heads=1, depth=1, chunk=16, grad_point="chunk", ttt=True, momentum=False, decay=False),
+    "ttt mlp": TitansLMMConfig(heads=1, chunk=16, ttt=True, momentum=False, decay=False),
 }
 
 
@@ -363,24 +430,26 @@ def hostile(kind, T, K):
     return F.normalize(k, dim=-1), v * 1e4 if kind == "far" else v
 
 
-EXTREMES = [(decay, momentum) for decay in (-30.0, 0.0, 30.0) for momentum in (-30.0, 0.0, 30.0)]
-
-
 def largest(config, kind, T, dtype, every=50):
-    """The largest norm of a layer of the memory at the largest step, a row for every pair of extreme gates. `jumps`: the momentum goes from one
-    extreme to the other and back every so many tokens, which pushes an exact memory as one pushes a swing."""
+    """The largest norm of a layer of the memory at the largest step, a row for every choice of extreme gates (TTT has no other gate than its step).
+    `jumps`: the last of them goes from one extreme to the other and back every so many tokens; a momentum that does pushes an exact memory as one
+    pushes a swing."""
     torch.manual_seed(0)
     memory = config.build(32).memory
-    k, v = (y.to(dtype).expand(len(EXTREMES), -1, -1, -1) for y in hostile(kind, T, 32))
-    x = torch.zeros(len(EXTREMES), T, 32)
-    x[..., :2] = torch.tensor(EXTREMES)[:, None]
+    gates = len(memory.gate_bias)
+    driven = max(1, gates - 1)
+    extremes = torch.cartesian_prod(*[torch.tensor([-30.0, 0.0, 30.0])] * driven).view(-1, 1, driven)
+    k, v = (y.to(dtype).expand(len(extremes), -1, -1, -1) for y in hostile(kind, T, 32))
+    x = torch.zeros(len(extremes), T, 32)
+    x[..., :driven] = extremes
     if kind == "jumps":
-        x[:, ::every, 1] *= -1
+        x[:, ::every, driven - 1] *= -1
     state, worst = None, 0.0
     with torch.no_grad():
-        memory.gates.weight.zero_()
-        memory.gates.weight[0, 0] = memory.gates.weight[1, 1] = 1
-        memory.gate_bias.copy_(torch.tensor([0.0, 0.0, 30.0]))
+        memory.gates.weight.copy_(torch.eye(gates, 32))
+        memory.gate_bias.zero_()
+        if driven < gates:
+            memory.gates.weight[-1], memory.gate_bias[-1] = 0, 30
         for at in torch.arange(T).split(256):
             o, state, _ = memory(x[:, at], k[:, at], k[:, at], v[:, at], state, None)
             worst = max([worst, *(W.flatten(1).norm(dim=1).max().item() for W in state.memory.weights)])
@@ -391,10 +460,12 @@ def largest(config, kind, T, dtype, every=50):
 
 def bound(config, kind, T):
     """Exact: what answers K orthogonal keys with the longest value. Else the start, and a thousand pushes of full length: no push lasts longer, and the
-    gradient has turned by then. A target out of reach pulls all the time."""
+    gradient has turned by then. A target out of reach pulls all the time. TTT moves by the mean of a chunk's pushes, and never forgets."""
     made = config.memory(32)
     if made.clip is None:
         return 32**0.5 * hostile_values(kind, T)
+    if made.ttt:
+        return 32**0.5 * 2 + made.cap * made.clip * -(-T // made.chunk)
     return 32**0.5 * 2 + made.cap * made.clip * (T if kind == "far" else 1000)
 
 
@@ -427,11 +498,43 @@ def test_the_memory_stays_bounded_for_64k_tokens(form, kind, dtype):
     stays_bounded(form, kind, dtype, 65536)
 
 
+LONG = {
+    "mag": TitansMAGConfig(attention=AttentionConfig(heads=2, window=64), memory=TitansLMMConfig(heads=2)),
+    "mal": TitansMALConfig(attention=AttentionConfig(heads=2, window=64), memory=TitansLMMConfig(heads=2)),
+    "mac": TitansMACConfig(segment=64, heads=2, memory=TitansLMMConfig(heads=2)),
+}
+
+
+@pytest.mark.slow
+@dtypes
+@pytest.mark.parametrize("kind", ["random", "one token", "far"])
+@pytest.mark.parametrize("name", LONG)
+def test_the_architectures_stay_bounded_for_8k_tokens(name, kind, dtype):
+    """By what the guards say alone: no push is longer than cap clip, and there is one for every token. `far`: one token, whose value is out of reach."""
+    config, T = LONG[name], 8192
+    made = config.memory.memory(32)
+    torch.manual_seed(0)
+    x = torch.randn(1, T if kind == "random" else 1, 32).expand(1, T, 32)
+    for decay, momentum in itertools.product((-30.0, 30.0), repeat=2):
+        layer = config.build(32).to(dtype)
+        lmm = (layer.inner if name == "mac" else layer).memory
+        memory = lmm.memory
+        with torch.no_grad():
+            lmm.into.qkv.weight[-32:] *= 1e4 if kind == "far" else 1
+            memory.gates.weight.zero_()
+            memory.gate_bias.copy_(torch.tensor([decay, momentum, 30.0]).repeat_interleave(2))
+            out = layer(x.to(dtype))
+        weights = [w for leaf, w in states.leaves(out.state) if ".weights." in leaf]
+        assert len(weights) == len(memory.first) and out.y.isfinite().all()
+        for w, first in zip(weights, memory.first, strict=True):
+            assert (w - first).flatten(2).norm(dim=2).max() <= made.cap * made.clip * (T + config.persistent), (decay, momentum)
+
+
 def test_without_its_guards_it_does_not(monkeypatch):
-    """One repeated key without the clip; momentum that jumps without the brake."""
-    for form in ("matrix", "plain mlp"):
+    """One repeated key, or a target out of reach, without the clip; momentum that jumps without the brake."""
+    for form, kind in (("matrix", "one key"), ("plain mlp", "one key"), ("ttt linear", "far"), ("ttt mlp", "far")):
         config = FORMS[form]
-        assert largest(replace(config, clip=0.0), "one key", 4096, torch.float32) > bound(config, "one key", 4096), form
+        assert largest(replace(config, clip=0.0), kind, 4096, torch.float32) > bound(config, kind, 4096), form
     monkeypatch.setattr(Kind, "brake", False)
     assert largest(FORMS["exact"], "jumps", 4096, torch.float32) > 1e6
 
@@ -439,8 +542,23 @@ def test_without_its_guards_it_does_not(monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_extreme_gates_have_finite_gradients(form):
     layer, x = FORMS[form].build(32), torch.randn(2, 130, 32, requires_grad=True)
-    for gates in itertools.product((-30.0, 30.0), repeat=3):
+    for gates in itertools.product((-30.0, 30.0), repeat=len(layer.memory.gate_bias)):
         with torch.no_grad():
             layer.memory.gate_bias.copy_(torch.tensor(gates))
         grads = torch.autograd.grad(layer(x).y.square().sum(), [x, *layer.parameters()])
         assert all(grad.isfinite().all() for grad in grads), gates
+
+
+def test_the_push_is_the_gradient_of_what_is_missed():
+    """Of all layers together, by autograd, before the clip."""
+    layer, x = noisy(SMALL.build(DIM)), inputs(9)
+    out = layer(x)
+    _, k, v = convolved(layer, x)
+    size = x.new_zeros(())
+    for b, h in itertools.product(range(2), range(2)):
+        one = layer.memory.memory()._replace(gain=layer.memory.gain[h], bias=layer.memory.bias[h])
+        W = [w[b, h].detach().requires_grad_() for w in out.state.memory.memory.weights]
+        grads = torch.autograd.grad((answer(one, W, k[b, -1, h].detach()) - v[b, -1, h].detach()).square().sum() / 2, W)
+        size += sum(g.square().sum() for g in grads).sqrt() / 4
+    close(out.aux["push"], size, "push", 1e-10)
+    close(layer(torch.cat([x, inputs(5, seed=1)], 1), lengths=torch.tensor([9, 9])).aux["push"], size, "push of padded rows", 1e-10)

@@ -1,4 +1,4 @@
-"""What Triton implementations share. Only a `triton_impl` may import this: it imports triton.
+"""What Triton implementations share. Only a `triton_*` module may import this: it imports triton.
 
 Rules every kernel here keeps, so that one source runs under the interpreter, on Hopper and beyond:
 

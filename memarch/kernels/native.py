@@ -58,8 +58,12 @@ def _cpu() -> str:
 
 def library() -> Path:
     """Where the library is, or would be: MEMARCH_CACHE, or memarch in the user's cache folder."""
-    folder = os.environ.get("MEMARCH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memarch"
-    return Path(folder) / f"native-{_key()}.so"
+    return _path(os.environ.get("MEMARCH_CACHE"), os.environ.get("XDG_CACHE_HOME"), _key())
+
+
+@functools.cache
+def _path(cache: str | None, home: str | None, key: str) -> Path:
+    return Path(cache or Path(home or Path.home() / ".cache") / "memarch") / f"native-{key}.so"
 
 
 def why_not() -> str | None:

@@ -1,11 +1,13 @@
 """Titans, memory as context (Behrouz et al. 2024): attention inside segments of C tokens, which the long-term memory goes through.
 
     h_t = RMSNorm(M'(x_t))                                   what the memory at the segment's start knows of the token
-    y_t = attention of x_t over P, h_j, x_j                  for j <= t of the same segment
+    y_t = x_t + attention of x_t over P, h_j, x_j            for j <= t of the same segment
     o_t = RMSNorm(y_t) * sigmoid(RMSNorm(m_t))               m = LMM(RMSNorm(y)): written token by token, read after the write
 
 M' is read with the memory's own queries, without its convolution, and with its own read-out. Read to the letter, the paper shows a token the future twice: h
 of later tokens, and a memory that has learned the whole segment. Here a token sees h_j for j <= t only, and m_t is the memory after token t.
+The x_t in y_t is one of the residual connections that the paper has "in all blocks" and leaves out of its equations. M' is asked with x_t and told y_t: without
+it the two have nothing to do with each other at init, and what is stored is not found.
 Positions count from the segment's start, and P have none: so every segment looks alike, wherever it stands. The norms of h and of the memory's input are
 not in the paper: they give these inputs the size that every other one has. `mix: mean` is half the sum of both norms in place of the gate.
 
@@ -29,8 +31,8 @@ from memarch.layers.parts.history import newest
 from memarch.layers.parts.mix import Mix
 from memarch.layers.parts.recurrent import RecurrentState
 from memarch.layers.parts.rope import rotate
+from memarch.layers.parts.segment import SegmentWrapper
 from memarch.layers.titans_lmm import TitansLMMConfig
-from memarch.wrappers.segment import SegmentWrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class TitansMACConfig(LayerConfig):
 
 
 class InsideState(NamedTuple):
-    k: Tensor  # [B, n, 2, H, K] of the last tokens, of their h and of themselves; n is C - 1, and 0 where a segment begins
+    k: Tensor  # [B, n, 2, H, K] of the last tokens, of their h and of themselves; n is C - 1, and 0 where every row begins a segment
     v: Tensor
     place: Tensor  # [B] int64: how many of them are of this segment
     asked: tuple[Tensor, ...]  # [B, .] the memory's weights at the segment's start
@@ -130,8 +132,9 @@ class Inside(SequenceMixer):
             pos = state.place[:, None] + torch.arange(T, device=x.device)
             q, k = rotate(q, pos, self.cfg.rope_base), rotate(k.flatten(2, 3), pos, self.cfg.rope_base).view_as(k)
         k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)  # [B, n + T, 2, H, K]
-        y = self.out(self._attend(q, k, v, state.place))
-        m = self.memory(self.y_norm(y).to(x.dtype), state.memory, lengths=lengths)
+        y = x + self.out(self._attend(q, k, v, state.place))
+        memory = state.memory if state.k.shape[1] else aligned(state.memory)
+        m = self.memory(self.y_norm(y).to(x.dtype), memory, lengths=lengths)
         k, v = (newest(rows, self.cfg.segment - 1, lengths, T).to(dtype) for rows in (k, v))
         seen = state.place + (T if lengths is None else lengths)
         return Mixed(self.mix(y, m.y), InsideState(k, v, seen, state.asked, m.state), under("memory", m.aux))
@@ -149,6 +152,12 @@ class Inside(SequenceMixer):
         fixed = (y.expand(B, -1, -1, -1) for y in self._kv(self.persistent.to(q.dtype)))
         k, v = (torch.cat([f, y.flatten(1, 2)], 1).transpose(1, 2) for f, y in zip(fixed, (k, v), strict=True))  # [B, H, P + 2 S, K]
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen[:, None]).transpose(1, 2).flatten(2)
+
+
+def aligned(state: RecurrentState) -> RecurrentState:
+    """The same, leaving out where its rows stand in their chunks: every segment begins with one."""
+    neural = state.memory
+    return state._replace(memory=neural._replace(memory=neural.memory._replace(point=(), place=())))
 
 
 class TitansMAC(SegmentWrapper):

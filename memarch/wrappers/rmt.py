@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from memarch.config import LayerConfig, require
 from memarch.contracts import SequenceMixer, State
 from memarch.layers.parts import normal_
-from memarch.wrappers.segment import SegmentWrapper
+from memarch.layers.parts.segment import SegmentWrapper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,22 +21,28 @@ exact form bears. `clip` bounds every write by clip step, and so S by clip step 
 import torch
 from torch import Tensor
 
+from memarch.kernels import native
 from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
-from memarch.kernels.neural_memory import reference, torch_impl
-from memarch.kernels.neural_memory.memory import ACTIVATIONS, DECAYS, POSTS, Form, Memory, State, fresh, is_linear, shapes
+from memarch.kernels.neural_memory import cpp_impl, reference, torch_impl
+from memarch.kernels.neural_memory.memory import ACTIVATIONS, DECAYS, POSTS, Form, Memory, State, fresh, is_linear, shapes, whole
+from memarch.kernels.neural_memory.rest import push, read
 
-__all__ = ["Memory", "State", "neural_memory", "start"]
+__all__ = ["Memory", "State", "neural_memory", "push", "read", "start"]
 
-IMPLEMENTATIONS = {"reference": reference.neural_memory, "torch": torch_impl.neural_memory}
+IMPLEMENTATIONS = {"reference": reference.neural_memory, "torch": torch_impl.neural_memory, "cpp": cpp_impl.neural_memory}
 FLOPS = torch_impl.FLOPS
-ORDER = (("torch", "a linear memory by a triangular solve, an MLP in dual form, with hand-written backwards"),)
+ORDER = (
+    ("cpp", "as torch, but an MLP goes through its chunks in C++, a head at a time and out of the cache"),
+    ("torch", "a linear memory by a triangular solve, an MLP in dual form, with hand-written backwards"),
+)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = Memory()
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, here: Machine = NO_GPU) -> str | None:
     if not dtype.is_floating_point:
         return f"q, k and v must be floating point, they are {dtype}"
-    return None
+    return native.cannot(device_type, dtype, here, DTYPES) if name == "cpp" else None
 
 
 def pick(device_type: str, dtype: torch.dtype, here: Machine = NO_GPU) -> Choice:
@@ -69,13 +75,14 @@ def neural_memory(
     clip      no token's gradient of a layer is longer than this; not for the exact form of a linear memory
 
     Tokens at t >= lengths[b] change nothing, and their outputs are zero."""
-    form = Form(chunk if grad_point == "chunk" else None, window, clip)
+    form = Form(chunk if grad_point == "chunk" else None, window, clip, aligned=state is None or len(state.point) == 0)
     _check(q, k, v, {"log_decay": log_decay, "log_momentum": log_momentum, "step": step}, lengths)
     _check_memory(k, v, memory, grad_point, chunk, form)
     if state is not None:
+        state = whole(state, v, form)
         _check_state(state, shapes(memory, k, v, log_momentum is not None, form))
     here, kind = machine(v.device.type), (v.device.type, v.dtype)
-    name = settle("neural_memory", IMPLEMENTATIONS, impl, lambda n: why_not(n, *kind, here), lambda: pick(*kind, here))
+    name = settle("neural_memory", IMPLEMENTATIONS, impl, lambda n: why_not(n, *kind, native.buildable(here)), lambda: pick(*kind, here))
     return IMPLEMENTATIONS[name](q, k, v, log_decay, log_momentum, step, state, memory, form, lengths)
 
 

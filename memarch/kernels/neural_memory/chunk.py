@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memarch.kernels.chunks import cut
+from memarch.kernels.chunks import chunks, cut
 from memarch.kernels.neural_memory.gates import Gates, gates, gates_back
 from memarch.kernels.neural_memory.grid import Grid
 from memarch.kernels.neural_memory.inner import Net, Write, clipped, clipped_back, curve, fed, gradient
@@ -91,34 +91,29 @@ def one_less(dx: Tensor) -> Tensor:
 
 
 class Run(NamedTuple):
-    """One chunk, kept for its backward. By layer."""
+    """What one chunk went through. By layer."""
 
     write: Write
     u: list[Tensor]  # [X, C, out]
     X: list[Tensor]  # [X, C, in]
-    XB: list[list[Tensor]]  # [X, C, out] by basis
     scores: list[Tensor]  # [X, C, C], before G
-    Z: list[Tensor]
+    Z: list[Tensor]  # [X, C, out]
     curves: list[list[Tensor]]  # of Z, without the last layer
 
 
-def through(c: Local, at: slice, bases: list[Layers], point: Layers, net: Net, order: int = 0) -> tuple[Tensor, Run]:
-    """-> the chunk's answers. order: of the derivatives of the answers that will be asked for."""
-    q, G = c.q[at], c.G[at, :-1]
+def through(c: Local, at: slice, bases: list[Layers], point: Layers, net: Net, order: int = 0) -> Run:
+    """order: of the derivatives of the answers that will be asked for."""
     w = gradient(point, c.k[at], c.v[at], net, 1 + order)
-    run = Run(w, [clipped(x, d, net.clip) for x, d in zip(w.x, w.d, strict=True)], [], [], [], [], [])
+    run = Run(w, [clipped(x, d, net.clip) for x, d in zip(w.x, w.d, strict=True)], [], [], [], [])
     for l, (x, u) in enumerate(zip(w.x, run.u, strict=True)):
         if l:
             run.curves.append(curve(run.Z[-1], net.activation, order))
-        X = fed(run.curves[-1][0] if l else q, point[l])
-        run.X.append(X)
-        run.scores.append(torch.bmm(X, x.mT))
-        run.XB.append([torch.bmm(X, b[l]) for b in bases])
-        Z = torch.bmm(run.scores[l] * G, u)
-        for coefficient, y in zip(c.c, run.XB[l], strict=True):
-            Z.addcmul_(coefficient[at, :-1], y)
-        run.Z.append(Z)
-    return net.answer(run.Z[-1], q), run
+        run.X.append(fed(run.curves[-1][0] if l else c.q[at], point[l]))
+        run.scores.append(torch.bmm(run.X[l], x.mT))
+        run.Z.append(torch.bmm(run.scores[l] * c.G[at, :-1], u))
+        for coefficient, b in zip(c.c, bases, strict=True):
+            run.Z[l].addcmul_(coefficient[at, :-1], torch.bmm(run.X[l], b[l]))
+    return run
 
 
 def leaves(c: Local, at: slice, bases: list[Layers], s: Layers, run: Run) -> tuple[Layers, Layers]:
@@ -148,9 +143,10 @@ class Back(NamedTuple):
 
 
 def through_back(
-    c: Local, at: slice, bases: list[Layers], point: Layers, s: Layers, run: Run, net: Net, dO: Tensor, dw: Layers, ds: Layers
+    c: Local, at: slice, bases: list[Layers], point: Layers, s: Layers, net: Net, dO: Tensor, dw: Layers, ds: Layers
 ) -> Back:  # fmt: skip
     """dw, ds: of what the chunk leaves."""
+    run = through(c, at, bases, point, net, 1)
     k, v, G, (x, d, z, curves, e), L = c.k[at], c.v[at], c.G[at], run.write, len(point)
     dx: list[Any] = [None] * L
     du, dz, dpoint = list(dx), list(dx), list(dx)
@@ -175,11 +171,11 @@ def through_back(
         dscores = dA.mul_(G[:, :-1])
         du[l] = torch.bmm((scores * G[:, :-1]).mT, dZ)
         dX, dx[l] = torch.bmm(dscores, x[l]), torch.bmm(dscores.mT, X)
-        for b, (basis, XB) in enumerate(zip(bases, run.XB[l], strict=True)):
-            y = c.c[b][at, :-1] * dZ
-            dX.baddbmm_(y, basis[l].mT)
-            dbases[b][l] = torch.bmm(X.mT, y).addcmul_(c.c[b][at, -1:], dw[l])
-            dc[b][:, :-1] += (dZ * XB).sum(-1, keepdim=True)
+        for b, basis in enumerate(bases):
+            share, back = c.c[b][at, :-1], torch.bmm(dZ, basis[l].mT)
+            dX.addcmul_(share, back)
+            dbases[b][l] = torch.bmm(X.mT, share * dZ).addcmul_(c.c[b][at, -1:], dw[l])
+            dc[b][:, :-1] += (X * back).sum(-1, keepdim=True)  # of X B by dZ, without X B
             dc[b][:, -1, 0] += dot(dw[l], basis[l])
         written(l, G[:, -1:], dG[:, -1], dw[l])
         if dE is not None and dm is not None:
@@ -221,3 +217,91 @@ def through_back(
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """[X, in, out] twice -> [X]"""
     return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None])[:, 0, 0]
+
+
+def forward(
+    c: Local, done: list[Any], w: Layers, s: Layers, point: Layers, init: Layers, net: Net, kept: Layers
+) -> tuple[Tensor, Layers, Layers, Layers]:  # fmt: skip
+    """A group of chunks. done: by chunk, whether it begins anew at M' = W, for all X or [X, 1, 1]. kept: room for what the backward needs, W and S before every
+    chunk [n, X, in, out], or empty.
+
+    -> the answers, and W, S and M' after the group"""
+    out, X = torch.empty_like(c.v), len(w[0])
+    for i, at in chunks(slice(0, len(done)), X):
+        point = handed(done[i], w, point)
+        for room, x in zip(kept, (*w, *s) if kept else (), strict=True):
+            room[i] = x
+        bases = mixed(c, w, s, init, point)
+        run = through(c, at, bases, point, net)
+        out[at] = net.answer(run.Z[-1], c.q[at])
+        w, s = leaves(c, at, bases, s, run)
+    return out, w, s, point
+
+
+class Grads(NamedTuple):
+    """The gradients of a group of chunks. The state's are those of what stood before the group; () and None where there is nothing."""
+
+    tokens: list[Tensor]  # q, k, v [n X, C, .]
+    c: list[Tensor]  # [n X, C + 1, 1] by basis
+    G: Tensor  # [n X, C + 1, C]
+    E: Maybe  # [n X, C, C], zero but for the last row
+    m: Maybe  # [n X, C, 1]
+    w: Layers
+    s: Layers
+    point: Layers
+    init: Layers
+    gain: Maybe  # [X, V]
+    bias: Maybe
+
+
+def backward(
+    c: Local, done: list[Any], kept: Layers, given: Layers, init: Layers, net: Net, dO: Tensor, dw: Layers, ds: Layers, dpoint: Layers
+) -> Grads:  # fmt: skip
+    """given: M' of the first chunk where that is not W. dw, ds, dpoint: of what the group leaves; no dpoint is zeros."""
+    L, X = len(dw), len(dw[0])
+    tokens, dc, dG = [torch.empty_like(x) for x in (c.q, c.k, c.v)], [torch.empty_like(x) for x in c.c], torch.empty_like(c.G)
+    dE, dm = (None, None) if c.gates.m is None else (torch.zeros_like(c.gates.E), torch.zeros_like(c.gates.m))
+    dinit: Layers = []
+    dgain: Maybe = None
+    dbias: Maybe = None
+    for i, at in reversed(list(chunks(slice(0, len(done)), X))):
+        w, s = ([x[i] for x in xs] for xs in (kept[:L], kept[L:]))
+        point = given if given and not i else w
+        d = through_back(c, at, mixed(c, w, s, init, point), point, s, net, dO[at], dw, ds)
+        for room, x in zip((*tokens, *dc, dG), (*d.tokens, *d.c, d.G), strict=True):
+            room[at] = x
+        if dE is not None and dm is not None:
+            dE[at, -1], dm[at, -1, 0] = d.E, d.m
+        dbases = list(d.bases)
+        dw, ds = dbases.pop(0), dbases.pop(0) if s else []
+        dinit = added(dinit, dbases.pop(0)) if init else []
+        dw, dpoint = handed_back(done[i], dw, added(added(dpoint, d.point), dbases.pop(0) if dbases else []))
+        dgain, dbias = plus(dgain, d.gain), plus(dbias, d.bias)
+    return Grads(tokens, dc, dG, dE, dm, dw, ds, dpoint, dinit, dgain, dbias)
+
+
+def mixed(c: Local, w: Layers, s: Layers, init: Layers, point: Layers) -> list[Layers]:
+    """The bases."""
+    return [x for x in (w, s, init, [] if c.pull is None else point) if x]
+
+
+def handed(done: Any, w: Layers, point: Layers) -> Layers:
+    """Where a chunk takes its gradients: at the memory of its start, if it starts."""
+    if isinstance(done, bool):
+        return w if done else point
+    return [torch.where(done, x, y) for x, y in zip(w, point, strict=True)]
+
+
+def handed_back(done: Any, dw: Layers, dpoint: Layers) -> tuple[Layers, Layers]:
+    """No dpoint is a dpoint of zeros."""
+    if isinstance(done, bool):
+        return (added(dw, dpoint), []) if done else (dw, dpoint)
+    return added(dw, [y * done for y in dpoint]), [y * ~done for y in dpoint]
+
+
+def plus(x: Maybe, y: Maybe) -> Maybe:
+    return x if y is None else y if x is None else x + y
+
+
+def added(xs: Layers, ys: Layers) -> Layers:
+    return [x + y for x, y in zip(xs, ys, strict=True)] if xs and ys else xs or ys

@@ -1,7 +1,8 @@
 """The neural memory in chunks that take their gradients at their start: chunk.py for one chunk after the other, as an operator with its backward.
 
-What the backward needs is computed again, chunk by chunk, from W and S at the chunks' starts. Every row has its own grid of chunks (grid.py):
-`place` tokens of its first chunk have been, and stand there as tokens that are none.
+What the backward needs is computed again, chunk by chunk, from W and S at the chunks' starts. Every row has its own grid of
+chunks (grid.py): `place` tokens of its first chunk have been, and stand there as tokens that are none. A group of chunks goes through torch (chunk.py)
+or, if `native`, through C++ (cpp.py).
 
     B rows   T tokens   H heads   K key width   V value width   N chunks   C tokens in a chunk   L layers   X = B H
 """
@@ -14,22 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memarch.kernels.autocast import exact
-from memarch.kernels.chunks import chunks, cut, groups, put
+from memarch.kernels.chunks import cut, groups, put
 from memarch.kernels.delta_rule.torch_impl import triangles
-from memarch.kernels.neural_memory.chunk import Layers, Masks, leaves, local, local_back, through, through_back
+from memarch.kernels.neural_memory import chunk as torch_chunks
+from memarch.kernels.neural_memory import cpp
+from memarch.kernels.neural_memory.chunk import Layers, Masks, added, handed, handed_back, local, local_back, plus
 from memarch.kernels.neural_memory.grid import Grid, grid, size
 from memarch.kernels.neural_memory.inner import Net
 
 Maybe = Tensor | None
 
 
-def run(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
+def run(*inputs: Any, native: bool = False) -> tuple[Tensor, list[Tensor]]:
     """The arguments of `chunked` but for `save`."""
     inputs = tuple(list(x) if isinstance(x, tuple) else x for x in inputs)
     tensors = [y for x in inputs for y in (x if isinstance(x, list) else [x]) if isinstance(y, Tensor)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     call = operator if save or torch.compiler.is_compiling() else chunked  # the first call of an operator imports dynamo: not for inference
-    return call(*inputs, save)[:2]
+    return call(*inputs, native, save)[:2]
 
 
 @exact
@@ -54,6 +57,7 @@ def chunked(
     chunk: int,
     window: int,
     clip: float | None,
+    native: bool,
     save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """weights, momentum, point, init: by layer [B,H,in,out], empty where there is none; gain, bias [B,H,V].
@@ -63,21 +67,14 @@ def chunked(
     H, (w, s, p, init) = v.shape[2], (flat(x, v) for x in (weights, momentum, point, init))
     g, masks, band, tokens = layout(q, k, v, log_decay, log_momentum, step, place, lengths, chunk, window)
     net, pull = shared(w[0], activation, post, gain, bias, pull, clip)
-    states = [x.new_empty(g.N, *x.shape) for x in (*w, *s)] if save else []
     o, p, X = v.new_empty(v.shape[0], g.N * g.C, *v.shape[2:]), p or w, len(w[0])
+    kept = [x.new_empty(g.N, *x.shape) for x in (*w, *s)] if save else []
     for part in groups(g.N, g.C, X):
         c = local(g, part, w[0], H, masks, band, pull, bool(init), *tokens)
-        out = torch.empty_like(c.v)
-        for i, at in chunks(part, X):
-            p = handed(g, i, H, w, p)
-            for into, x in zip(states, (*w, *s) if save else (), strict=True):
-                into[i] = x
-            bases = mixed(w, s, init, p, pull)
-            out[at], run = through(c, at, bases, p, net)
-            w, s = leaves(c, at, bases, s, run)
+        out, w, s, p = (cpp if native else torch_chunks).forward(c, turns(g, part, H), w, s, p, init, net, [x[part] for x in kept])
         put(o, g.N, part, out)
-    p = handed(g, g.N, H, w, p)
-    return g.off(o, g.real), [x.unflatten(0, (-1, H)) for x in (*w, *s, *(x.clone() for x in p))], states
+    p = handed(turn(g, g.N, H), w, p)
+    return g.off(o, g.real), [x.unflatten(0, (-1, H)) for x in (*w, *s, *(x.clone() for x in p))], kept
 
 
 @torch.library.custom_op("memarch::neural_memory_dual_backward", mutates_args=())
@@ -91,7 +88,7 @@ def chunked_backward(
     log_decay: Tensor,
     log_momentum: Tensor | None,
     step: Tensor,
-    states: list[Tensor],
+    kept: list[Tensor],
     point: list[Tensor],
     init: list[Tensor],
     gain: Tensor | None,
@@ -104,6 +101,7 @@ def chunked_backward(
     chunk: int,
     window: int,
     clip: float | None,
+    native: bool,
 ) -> list[Tensor]:
     """-> the gradients of q, k, v, the gates, weights, momentum, point, init, gain, bias and pull, of those that there are."""
     H, L = v.shape[2], len(dstate) // (2 if log_momentum is None else 3)
@@ -116,32 +114,18 @@ def chunked_backward(
     dtokens, X = [None if x is None else torch.empty_like(x) for x in tokens[:6]], len(like)
     dinit: Layers = []
     douter: list[Maybe] = [None, None, None]
-    dw, dp = handed_back(g, g.N, H, dw, dp)
+    dw, dp = handed_back(turn(g, g.N, H), dw, dp)
     for part in reversed(list(groups(g.N, g.C, X))):
         c, dO = local(g, part, like, H, masks, band, wide_pull, bool(init), *tokens), cut(do, g.N, part, like.dtype)
-        into = [*(torch.empty_like(x) for x in (c.q, c.k, c.v, *c.c, c.G))]
-        dE, dm = (None, None) if c.gates.m is None else (torch.zeros_like(c.gates.E), torch.zeros_like(c.gates.m))
-        for i, at in reversed(list(chunks(part, X))):
-            w, s = [x[i] for x in states[:L]], [x[i] for x in states[L:]]
-            p = w if i or not given else given
-            bases = mixed(w, s, init, p, pull)
-            d = through_back(c, at, bases, p, s, through(c, at, bases, p, net, 1)[1], net, dO[at], dw, ds)
-            for whole, x in zip(into, (*d.tokens, *d.c, d.G), strict=True):
-                whole[at] = x
-            if dE is not None and dm is not None:
-                dE[at, -1], dm[at, -1, 0] = d.E, d.m
-            dbases = d.bases
-            dw, ds = dbases.pop(0), dbases.pop(0) if s else []
-            dinit = added(dinit, dbases.pop(0)) if init else []
-            dp = added(added(dp, d.point), dbases.pop(0) if dbases else [])
-            dw, dp = handed_back(g, i, H, dw, dp)
-            douter[:2] = [plus(x, y) for x, y in zip(douter, (d.gain, d.bias), strict=False)]
-        dlog_decay, dlog_momentum, dP, dpull = local_back(c, bool(init), into[3:-1], into[-1], dE, dm, masks)
+        first = [] if part.start else given
+        d = (cpp if native else torch_chunks).backward(c, turns(g, part, H), [x[part] for x in kept], first, init, net, dO, dw, ds, dp)
+        dw, ds, dp, dinit = d.w, d.s, d.point, added(dinit, d.init)
+        dlog_decay, dlog_momentum, dP, dpull = local_back(c, bool(init), d.c, d.G, d.E, d.m, masks)
         dstep = (dP * band).sum(-1, keepdim=True).neg_()
-        for y, x in zip(dtokens, (*into[:3], dlog_decay, dlog_momentum, dstep), strict=True):
+        for y, x in zip(dtokens, (*d.tokens, dlog_decay, dlog_momentum, dstep), strict=True):
             if y is not None:
                 put(y, g.N, part, x)
-        douter[2] = plus(douter[2], dpull)
+        douter = [plus(x, y) for x, y in zip(douter, (d.gain, d.bias, dpull), strict=True)]
     if not given:
         dw, dp = added(dw, dp), []
     found = [None if x is None else g.off(x, g.given) for x in dtokens]
@@ -161,6 +145,15 @@ def layout(
     return g, masks, masks[0].triu(1 - window), [*(g.on(x) for x in (q, k, v, log_decay, log_momentum, step)), real]
 
 
+def turn(g: Grid, i: int, H: int) -> Any:
+    """Whether chunk i begins anew, for all rows or [X, 1, 1]: chunk 0 goes on where the last call ended."""
+    return i > 0 and g.done(i, H)
+
+
+def turns(g: Grid, part: slice, H: int) -> list[Any]:
+    return [turn(g, i, H) for i in range(part.start, part.stop)]
+
+
 def shared(like: Tensor, activation: str, post: str, gain: Maybe, bias: Maybe, pull: Maybe, clip: float | None) -> tuple[Net, Maybe]:
     gain, bias = (None if x is None else x.to(like.dtype).flatten(0, 1)[:, None] for x in (gain, bias))
     return Net(activation, post, gain, bias, clip), None if pull is None else pull.to(like.dtype)
@@ -171,34 +164,6 @@ def flat(xs: Sequence[Tensor], v: Tensor) -> Layers:
     return [x.to(torch.promote_types(v.dtype, torch.float32)).flatten(0, 1) for x in xs]
 
 
-def mixed(w: Layers, s: Layers, init: Layers, point: Layers, pull: Maybe) -> list[Layers]:
-    return [x for x in (w, s, init, [] if pull is None else point) if x]
-
-
-def handed(g: Grid, i: int, H: int, w: Layers, p: Layers) -> Layers:
-    """Where chunk i takes its gradients: at the memory of its start."""
-    done = i > 0 and g.done(i, H)
-    if isinstance(done, bool):
-        return w if done else p
-    return [torch.where(done, x, y) for x, y in zip(w, p, strict=True)]
-
-
-def handed_back(g: Grid, i: int, H: int, dw: Layers, dp: Layers) -> tuple[Layers, Layers]:
-    """No dp is a dp of zeros."""
-    done = i > 0 and g.done(i, H)
-    if isinstance(done, bool):
-        return (added(dw, dp), []) if done else (dw, dp)
-    return added(dw, [y * done for y in dp]), [y * ~done for y in dp]
-
-
-def plus(x: Maybe, y: Maybe) -> Maybe:
-    return x if y is None else y if x is None else x + y
-
-
-def added(xs: Layers, ys: Layers) -> Layers:
-    return [x + y for x, y in zip(xs, ys, strict=True)] if xs and ys else xs or ys
-
-
 operator = torch.library.custom_op("memarch::neural_memory_dual", chunked, mutates_args=())
 
 
@@ -206,17 +171,17 @@ operator = torch.library.custom_op("memarch::neural_memory_dual", chunked, mutat
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, weights: list[Tensor], momentum: list[Tensor],
     point: list[Tensor], init: list[Tensor], gain: Maybe, bias: Maybe, pull: Maybe, place: Maybe, lengths: Maybe, activation: str, post: str,
-    chunk: int, window: int, clip: float | None, save: bool,
+    chunk: int, window: int, clip: float | None, native: bool, save: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     N, dtype = size(v.shape[1], chunk, place is not None)[0], torch.promote_types(v.dtype, torch.float32)
     new = [x.new_empty(x.shape, dtype=dtype) for x in (*weights, *momentum, *weights)]
-    states = [x.new_empty(N, x.shape[0] * x.shape[1], *x.shape[2:]) for x in new[: len(weights) + len(momentum)]]
-    return v.new_empty(v.shape), new, states if save else []
+    kept = [x.new_empty(N, x.shape[0] * x.shape[1], *x.shape[2:]) for x in new[: len(weights) + len(momentum)]]
+    return v.new_empty(v.shape), new, kept if save else []
 
 
 @chunked_backward.register_fake
 def _(
-    do: Tensor, dstate: list[Tensor], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, states: list[Tensor],
+    do: Tensor, dstate: list[Tensor], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, kept: list[Tensor],
     point: list[Tensor], init: list[Tensor], gain: Maybe, bias: Maybe, pull: Maybe, *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     L = len(dstate) // (2 if log_momentum is None else 3)
@@ -234,14 +199,14 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     ctx.counts, ctx.options = (6, len(output[2]), len(point), len(init), 5), options[:-1]
     ctx.dtypes = [[x.dtype for x in xs] for xs in lists]
     ctx.like = [(x.shape, x.dtype, x.device) for x in (output[0], *output[1])]
-    ctx.set_materialize_grads(False)  # the zeros for `states` are not asked for
+    ctx.set_materialize_grads(False)  # the zeros for `kept` are not asked for
 
 
 def _gradients(ctx: Any, do: Maybe, dstate: list[Maybe], _: Any) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    tokens, states, point, init, outer = ([next(saved) for _ in range(n)] for n in ctx.counts)
+    tokens, kept, point, init, outer = ([next(saved) for _ in range(n)] for n in ctx.counts)
     do, *dnew = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, *dstate), ctx.like, strict=True))
-    found = iter(chunked_backward(do, dnew, *tokens, states, point, init, *outer, *ctx.options))
+    found = iter(chunked_backward(do, dnew, *tokens, kept, point, init, *outer, *ctx.options))
     dtokens = [None if x is None else next(found) for x in tokens]
     dlists = [[next(found).to(t) for t in dtypes] for dtypes in ctx.dtypes]
     douter = [None if x is None else next(found).to(x.dtype) for x in outer[:3]]

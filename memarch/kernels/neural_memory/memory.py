@@ -37,10 +37,13 @@ class Form(NamedTuple):
     chunk: int | None  # None: at M_{t-1}, the exact form
     window: int = 1
     clip: float | None = None
+    aligned: bool = False  # every row begins with a chunk, or does not count in chunks: nothing to look up in `place`
 
 
 class State(NamedTuple):
-    """One tensor per layer in each of the first three, [B, H, in, out], in float32 at least; () for what the form does not need."""
+    """One tensor per layer in each of the first three, [B, H, in, out], in float32 at least; () for what the form does not need.
+
+    point and place may be left out, both (), where every row stands at a chunk's start: that is known without looking then, and costs no partial chunks."""
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
@@ -61,6 +64,13 @@ def fresh(memory: Memory, k: Tensor, v: Tensor, momentum: bool, form: Form) -> S
         torch.zeros(B, dtype=torch.int64, device=v.device) if form.chunk else (),
         tuple(x.new_zeros(B, form.window - 1, H, x.shape[-1]) for x in (k, v)) if form.window > 1 else (),
     )
+
+
+def whole(state: State, v: Tensor, form: Form) -> State:
+    """With point and place, where they were left out."""
+    if form.chunk is None or state.point:
+        return state
+    return state._replace(point=state.weights, place=torch.zeros(v.shape[0], dtype=torch.int64, device=v.device))
 
 
 def _rows(weights: tuple[Tensor, ...], B: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ def neural_memory(
     form: Form,
     lengths: Maybe,
 ) -> tuple[Tensor, State]:
-    (B, T), (chunk, window, clip), momentum = v.shape[:2], form, log_momentum is not None
+    (B, T), (chunk, window, clip, _), momentum = v.shape[:2], form, log_momentum is not None
     dtype = torch.promote_types(v.dtype, torch.float32)
     begin = fresh(memory, k, v, momentum, form) if state is None else state
     w, s, point, recent = ([x.to(dtype) for x in xs] for xs in (begin.weights, begin.momentum, begin.point, begin.recent or (k[:, :0], v[:, :0])))

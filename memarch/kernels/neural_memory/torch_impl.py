@@ -3,6 +3,9 @@
 The gradient at M_{t-1} of a memory that is not linear has no form in chunks: it is the chunk form with chunks of one token.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,16 @@ from memarch.kernels.neural_memory.memory import Form, Memory, State, fresh, is_
 
 Maybe = Tensor | None
 FLOPS = linear.FLOPS | dual.FLOPS
+
+
+class Engines(NamedTuple):
+    """What runs over more than one token: `run` of linear.py and of dual.py, or others with their signatures."""
+
+    linear: Callable[..., tuple[Tensor, Tensor]] = linear.run
+    dual: Callable[..., tuple[Tensor, list[Tensor]]] = dual.run
+
+
+TORCH = Engines()
 
 
 def neural_memory(
@@ -26,12 +39,14 @@ def neural_memory(
     memory: Memory,
     form: Form,
     lengths: Maybe,
+    engines: Engines = TORCH,
 ) -> tuple[Tensor, State]:
+    call = q, k, v, log_decay, log_momentum, step, state, memory, form, lengths
     if q.shape[1] == 1:
-        run = _one_token if form.window == 1 and memory.pull is None else reference.neural_memory
-    else:
-        run = _linear if form.chunk is None and is_linear(memory) else _dual
-    return run(q, k, v, log_decay, log_momentum, step, state, memory, form, lengths)
+        return (_one_token if form.window == 1 and memory.pull is None else reference.neural_memory)(*call)
+    if form.chunk is None and is_linear(memory):
+        return _linear(*call, engines.linear)
+    return _dual(*call, engines.dual)
 
 
 @exact
@@ -76,8 +91,13 @@ def _one_token(
     if form.chunk is None:
         return o, State(tuple(w), tuple(momentum), (), (), ())
     place = begun.place + (1 if real is None else real.flatten())
-    done = (place == form.chunk)[:, None, None, None]
-    return o, State(tuple(w), tuple(momentum), tuple(torch.where(done, x, y) for x, y in zip(w, point, strict=True)), place % form.chunk, ())
+    return o, State(tuple(w), tuple(momentum), tuple(_handed(place == form.chunk, w, point)), place % form.chunk, ())
+
+
+def _handed(done: Tensor, w: list[Tensor], point: list[Tensor]) -> list[Tensor]:
+    if done.device.type == "cpu" and not torch.compiler.is_compiling() and not done.any():  # to look costs a GPU a wait, and spares a CPU two reads of three
+        return [x.clone() for x in point]
+    return [torch.where(done[:, None, None, None], x, y) for x, y in zip(w, point, strict=True)]
 
 
 @exact
@@ -92,6 +112,7 @@ def _linear(
     memory: Memory,
     form: Form,
     lengths: Maybe,
+    run: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, State]:
     """What of the answer never changes, the residual and the start that the memory decays to, is taken off the values and put back on the answers."""
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -110,7 +131,7 @@ def _linear(
     if state is not None or memory.weights:
         state = fresh(memory, k, v, log_momentum is not None, form) if state is None else state
         stacked = torch.cat([state.weights[0] if init is None else state.weights[0] - init, *state.momentum], -2)
-    o, stacked = linear.run(asked, keys, v if plain else v - constant(k, keys), log_decay, log_momentum, step, stacked, lengths)
+    o, stacked = run(asked, keys, v if plain else v - constant(k, keys), log_decay, log_momentum, step, stacked, lengths)
     if not plain:
         o = (o + constant(q, asked)).to(v.dtype)
         o = o if given is None else o * given
@@ -136,10 +157,11 @@ def _dual(
     memory: Memory,
     form: Form,
     lengths: Maybe,
+    run: Callable[..., tuple[Tensor, list[Tensor]]],
 ) -> tuple[Tensor, State]:
     (B, T), skip = v.shape[:2], 0
     begun = fresh(memory, k, v, log_momentum is not None, form) if state is None else state
-    place, point, recent = (None, (), begun.recent) if state is None or form.chunk is None else (begun.place, begun.point, begun.recent)
+    place, point, recent = (None, (), begun.recent) if form.aligned else (begun.place, begun.point, begun.recent)
     many = torch.full((B,), T, device=v.device) if lengths is None else lengths.clamp(max=T)
     if recent:
         recent, (K, V) = _newest(begun.recent, (k, v), many), (torch.cat([r, x], 1) for r, x in zip(begun.recent, (k, v), strict=True))
@@ -150,7 +172,7 @@ def _dual(
             k, v, place, lengths = K, V, place - skip, None if lengths is None else lengths + skip
     init = [w.expand(B, *w.shape) for w in memory.weights] if memory.decay_to == "init" else []
     outer = (None if x is None else x.expand(B, *x.shape) for x in (memory.gain, memory.bias))
-    o, new = dual.run(
+    o, new = run(
         q, k, v, log_decay, log_momentum, step, begun.weights, begun.momentum, point, init, *outer, memory.pull, place, lengths,
         memory.activation, memory.post, form.chunk or 1, form.window, form.clip,
     )  # fmt: skip

@@ -26,9 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memarch.kernels.autocast import exact
-from memarch.kernels.neural_memory import Memory, State, neural_memory, start
-from memarch.kernels.neural_memory.inner import Net, answer
+from memarch.kernels.neural_memory import Memory, State, neural_memory, push, read, start
 from memarch.layers.parts.history import newest
 from memarch.layers.parts.linear import Linear, normal_, uniform
 
@@ -163,19 +161,14 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def gauges(self, state: State, k: Tensor, v: Tensor, decay: Tensor, step: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
-        """Of the last token: the size of the memory, what it still gets wrong after the write (TTT: before its mean), how fast it forgets and learns."""
+        """Of the last token: the size of the memory, what it still gets wrong after the write (TTT: before its mean) and how long the gradient of that is,
+        before the clip; how fast it forgets and learns."""
         k, v, decay, step = (newest(y, 1, lengths, y.shape[1]) for y in (k, v, decay, step))
         norm = sum(w.square().sum((-2, -1)) for w in state.weights) ** 0.5  # [B, H]
         miss = torch.linalg.vector_norm(self.recall(k, state.weights) - v, dim=-1)
-        return {"norm": norm.mean(), "miss": miss.mean(), "decay": decay.exp().mean(), "step": step.mean()}
+        pushed = push(k, v, state.weights, self.memory())
+        return {"norm": norm.mean(), "miss": miss.mean(), "push": pushed.mean(), "decay": decay.exp().mean(), "step": step.mean()}
 
     def recall(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """M(q) of a memory at rest: q [B, T, H, K], weights [B, H, in, out] by layer -> [B, T, H, K]"""
         return read(q, weights, self.memory()).to(q.dtype)
-
-
-@exact
-def read(q: Tensor, weights: tuple[Tensor, ...], memory: Memory) -> Tensor:
-    q = q.transpose(1, 2).to(weights[0].dtype)  # [B, H, T, K]
-    gain, bias = (None if x is None else x.to(q.dtype)[:, None] for x in (memory.gain, memory.bias))
-    return answer(list(weights), q, Net(memory.activation, memory.post, gain, bias, None)).transpose(1, 2)
