@@ -22,7 +22,8 @@ COMMANDS = {
     "generate": ("generate", "text from a model, as it comes"),
     "evaluate": ("evaluate", "recall, copying, needle or text: a table and a figure"),
     "ablate": ("ablate", "variants x grid x seeds from one file"),
-    "inspect": ("inspect", "what happened inside: the use of sparse memories in a run"),
+    "inspect": ("inspect", "what happened inside: the use of sparse memories in a run, the fidelity of a model's states"),
+    "convert": ("convert", "Mamba weights of transformers or state-spaces into a memarch model, and back"),
     "warmup": ("warmup", "compile the C++ kernels for this CPU, once"),
 }
 

@@ -81,11 +81,12 @@ class Screen:
 
 
 def grid(rows: list[dict[str, str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, name in enumerate(rows[0]):
+    """A row leaves empty what it does not have: lengths, say, that hold fewer pairs than it asks for."""
+    table, names = Table(box=box.SIMPLE_HEAD), list(dict.fromkeys(name for row in rows for name in row))
+    for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row.get(name, "") for name in names))
     return table
 
 

@@ -44,6 +44,8 @@ UNITS = {
     "gap": "distance back to the fact (tokens)",
     "position": "position in the document (tokens)",
     "depth": "depth of the needle (share of the text before it)",
+    "distance": "distance (tokens)",
+    "block": "from block",
     "pairs": "pairs",
     "copies": "tokens to copy",
     "accuracy": "accuracy",
@@ -112,7 +114,7 @@ def draw_lines(ax: Axes, lines: Sequence[Line], x: str, y: str, *, ordered: bool
     ax.set_xlabel(UNITS.get(x, x))
     ax.set_ylabel(UNITS.get(y, y))
     ax.grid(axis="y", linewidth=0.4, color="0.9")
-    name_ends(ax, lines, colours(len(lines), ordered))
+    name_ends(ax, lines, colours(len(lines), ordered), 6 + 1.25 * (len(lines) - 1) * beside)
 
 
 def around(values: Sequence[float], log: bool = False) -> tuple[float, float]:
@@ -132,7 +134,7 @@ def ticks(ax: Axes, at: Sequence[float], log: bool = False) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def name_ends(ax: Axes, lines: Sequence[Line], tints: Sequence[Any]) -> None:
+def name_ends(ax: Axes, lines: Sequence[Line], tints: Sequence[Any], off: float = 6.0) -> None:
     """Names to the right of where lines end, pushed apart where lines end close together."""
     low, high = ax.get_ylim()
     inches = ax.get_window_extent().height / ax.figure.dpi if ax.figure else 1.5
@@ -147,7 +149,7 @@ def name_ends(ax: Axes, lines: Sequence[Line], tints: Sequence[Any]) -> None:
         for k in range(len(places) - 2, -1, -1):
             places[k] = min(places[k], places[k + 1] - step)
     for i, place in zip(order, places, strict=True):
-        ax.annotate(lines[i].label, (right, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color=tints[i], annotation_clip=False)
+        ax.annotate(lines[i].label, (right, place), xytext=(off, 0), textcoords="offset points", va="center", fontsize=7, color=tints[i], annotation_clip=False)
 
 
 def note(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **how: Any) -> None:
@@ -234,7 +236,25 @@ def bars(table: Table) -> Figure:
     return strip([{**table.settings(row), "value": row[table.metric]} for row in table.rows], table.axes, table.metric)
 
 
-FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "age": ages, "facts": bars, "text": position}
+def fidelity(table: Table) -> Figure:
+    """ETMF over distance; below it ECLMF over blocks, as published and held out with |Y| as its unit."""
+    forms = {"x_in_sample": "in-sample, over |X| (published)", "y_held_out": "held-out, over |Y|"}
+    blocks = [{**row, "error": None} for row in table.parts.get("blocks", ())]
+
+    def named(rows: Sequence[Row], x: str, y: str, group: str) -> list[Line]:
+        return [line._replace(label=f"{group} {line.label}") for line in lines_of(rows, x, y, group)]
+
+    with figure(4.6 if blocks else 1.8, panels=3 if blocks else 1) as (fig, (top, *below)):
+        draw_lines(top, named(table.rows, "distance", table.metric, "offset"), "distance", table.metric, log=False)
+        for ax, (form, title) in zip(below, forms.items(), strict=False):
+            draw_lines(ax, named(blocks, "block", form, "gap"), "block", "ECLMF", ordered=True, log=False)
+            ax.set_title(title, fontsize=7, loc="left", pad=3)
+        for ax in below[:-1]:
+            ax.set_xlabel("")
+    return fig
+
+
+FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "age": ages, "facts": bars, "text": position, "fidelity": fidelity}
 
 
 def draw(table: Table) -> Figure:
