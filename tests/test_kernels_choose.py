@@ -123,6 +123,7 @@ def example(op: str) -> tuple:
         "gated_linear": (x, x, x, -x.abs()),
         "neural_memory": (x, x, x, -x[..., 0].abs(), None, x[..., 1].sigmoid()),
         "row_dot": (torch.randn(5, 2), torch.zeros(3, 4, dtype=torch.int64), torch.randn(3, 2)),
+        "selective_scan": (x[:, :, 0], x[:, :, 1].abs(), -torch.rand(4, 2), x[:, :, 0, :2], x[:, :, 1, :2]),
         "short_conv": (x[:, :, 0], torch.randn(4, 3)),
         "product_key_topk": (x, x, 2),
         "taylor_attention": (x, x, x),

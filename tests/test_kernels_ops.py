@@ -54,6 +54,14 @@ def gated_linear(T: int, B: int = 3, H: int = 2, K: int = 5, V: int = 7) -> Iter
         yield Case(f"T{T} " + "strong " * strong + "state " * state + "lengths" * lengths, inputs, defined)
 
 
+def selective_scan(T: int, R: int = 3, E: int = 5, N: int = 4) -> Iterator[Case]:
+    for D, z, state, lengths in ((0, 0, 0, 0), (1, 0, 1, 0), (0, 1, 0, 1), (1, 1, 1, 1)):
+        inputs = {"x": draw(R, T, E), "dt": F.softplus(draw(R, T, E)), "A": -draw(E, N).exp(), "B": draw(R, T, N), "C": draw(R, T, N)}
+        inputs |= {"D": draw(E) if D else None, "z": draw(R, T, E) if z else None, "state": draw(R, E, N) if state else None}
+        inputs["lengths"], defined = ragged(T) if lengths else (None, None)
+        yield Case(f"T{T} " + "D " * D + "z " * z + "state " * state + "lengths" * lengths, inputs, defined)
+
+
 def short_conv(T: int, B: int = 3, D: int = 5) -> Iterator[Case]:
     for W, bias, state, lengths in ((1, 1, 1, 1), (2, 0, 0, 0), (4, 1, 0, 1), (4, 0, 1, 0), (4, 1, 1, 1), (7, 1, 1, 1)):
         inputs = {"x": draw(B, T, D), "weight": draw(D, W), "bias": draw(D) if bias else None, "state": draw(B, W - 1, D) if state else None}
@@ -87,14 +95,15 @@ def neural_memory(T: int, B: int = 3, H: int = 2, K: int = 4, V: int = 5) -> Ite
     for momentum, lengths, init, post in [(i & 1, i & 2, i & 4, "res" if i & 8 else "none") for i in (range(16) if full else (3, 15))]:
         memory = Memory((draw(H, K, K if post == "res" else V),), post=post, decay_to="init" if init else "zero")
         yield _memory_case(T, B, H, K, memory, momentum, lengths, {}, bool(init))
-    for momentum, lengths, post, states, more in (
-        (1, 0, "none", (1,), {}),
-        (0, 1, "res", (0,), {"clip": 0.5}),
-        (1, 1, "rms", (1,), {"window": 3}),
-        (0, 0, "ln", (0,), {"pull": draw(16).sigmoid(), "decay_to": "init"}),
-        (1, 1, "ln", (1,), {"pull": draw(16).sigmoid(), "decay_to": "init", "clip": 0.5, "window": 4, "activation": "silu"}),
+    for layers, momentum, lengths, post, states, more in (
+        (3, 1, 0, "none", (1,), {}),
+        (2, 0, 1, "res", (0,), {"clip": 0.5}),
+        (2, 1, 1, "rms", (1,), {"window": 3}),
+        (3, 0, 0, "ln", (0,), {"pull": draw(16).sigmoid(), "decay_to": "init"}),
+        (2, 1, 1, "ln", (1,), {"pull": draw(16).sigmoid(), "decay_to": "init", "clip": 0.5, "window": 4, "activation": "silu"}),
     ):
-        widths = (H, K + 1, 6), (H, 6, 5), (H, 6, V if post == "none" else K)  # with a bias in the first and the last layer
+        between = ((H, 6, 5),) if layers == 3 else ()
+        widths = (H, K + 1, 6), *between, (H, (between or ((6,),))[0][-1] + 1, V if post == "none" else K)  # with a bias in the first and the last layer
         options = {n: more[n] for n in ("activation", "decay_to", "pull") if n in more} | {"post": post}
         options["gain"] = 1 + 0.1 * draw(H, K) if post in ("rms", "ln") else None
         options["bias"] = 0.1 * draw(H, K) if post == "ln" else None
@@ -179,6 +188,7 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "neural_memory": neural_memory,
     "product_key_topk": product_key_topk,
     "row_dot": row_dot,
+    "selective_scan": selective_scan,
     "short_conv": short_conv,
     "taylor_attention": taylor_attention,
     "tucker_topk": tucker_topk,
@@ -257,7 +267,7 @@ def test_equals_reference(op, impl):
             close(found[name], truth[name], 1e-10, f"{case.name}, {name}")
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "neural_memory", "short_conv", "taylor_attention"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "neural_memory", "selective_scan", "short_conv", "taylor_attention"])
 def test_a_thousand_tokens(op):
     """Many groups of chunks, the last chunk not full, rows of different length; what is carried has had time to go wrong."""
     case = list(CASES[op](1000))[-1]
@@ -308,7 +318,9 @@ def test_inputs_are_left_alone(op, impl):
             assert torch.equal(x, before[name]), f"{case.name}: {name}"
 
 
-LOW = [(op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "gated_linear", "neural_memory", "short_conv", "taylor_attention")]
+LOW = [
+    (op, impl) for op, impl in FAST if op in ("attention", "delta_rule", "gated_linear", "neural_memory", "selective_scan", "short_conv", "taylor_attention")
+]
 
 
 @pytest.mark.parametrize("op, impl", LOW)
@@ -338,6 +350,7 @@ COMPILED = {  # op -> the cases one graph is shown with, by index in CASES[op](T
     "neural_memory": ((65, 15), (65, 0), (65, 25), (65, 22), (1, 1), (1, 6)),
     "product_key_topk": ((2, 0), (2, 5)),
     "row_dot": ((2, 0),),
+    "selective_scan": ((65, 3), (65, 0), (1, 3)),
     "short_conv": ((65, 4), (1, 4)),
     "taylor_attention": ((65, 3), (65, 0), (1, 3)),
     "tucker_topk": ((2, 1), (65, 4)),
@@ -415,6 +428,7 @@ STATEFUL = {
     "delta_rule": ("q", "k", "v", "beta", "g"),
     "gated_linear": ("q", "k", "v", "g"),
     "neural_memory": ("q", "k", "v", "log_decay", "log_momentum", "step"),
+    "selective_scan": ("x", "dt", "B", "C", "z"),
     "short_conv": ("x",),
     "taylor_attention": ("q", "k", "v"),
 }
@@ -428,6 +442,7 @@ def test_pieces_equal_whole(op, impl, cuts):
         "delta_rule": lambda: list(delta_rule(70))[3],
         "gated_linear": lambda: list(gated_linear(70))[3],
         "neural_memory": lambda: list(neural_memory(70))[6],
+        "selective_scan": lambda: list(selective_scan(70))[3],
         "short_conv": lambda: list(short_conv(70))[3],
         "taylor_attention": lambda: list(taylor_attention(70))[3],
     }[op]()
@@ -508,19 +523,19 @@ def test_opcheck():
         torch.library.opcheck(conv.operator, tuple(x[n] for n in ("x", "weight", "bias", "state", "lengths")))
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "short_conv", "taylor_attention"])
+@pytest.mark.parametrize("op", ["delta_rule", "gated_linear", "selective_scan", "short_conv", "taylor_attention"])
 def test_flops_are_counted(op):
     """Inside the operators, forward and backward; without a graph the matrix products are counted one by one, which must agree."""
     T = 128
     cases = {"delta_rule": list(delta_rule(T, B=2, K=16, V=16))[3], "gated_linear": next(gated_linear(T, K=16, V=16))}
-    cases |= {"short_conv": list(short_conv(T))[4], "taylor_attention": list(taylor_attention(T))[2]}
+    cases |= {"selective_scan": list(selective_scan(T))[1], "short_conv": list(short_conv(T))[4], "taylor_attention": list(taylor_attention(T))[2]}
     inputs = prepare(cases[op].inputs)
     with kernels.flop_counter() as counter:
         outs_and_grads(getattr(OPS[op], op)(**inputs), inputs)
     count = {str(name).rsplit(".", 1)[-1]: n for name, n in counter.get_flop_counts()["Global"].items()}
     assert count[op] > 0
     assert 1.5 <= count[f"{op}_backward"] / count[op] <= 4
-    if op != "short_conv":
+    if op not in ("selective_scan", "short_conv"):  # no matrix products, or not only
         with kernels.flop_counter() as counter, torch.no_grad():
             getattr(OPS[op], op)(**inputs)
         assert math.isclose(counter.get_total_flops(), count[op], rel_tol=0.1)

@@ -20,7 +20,7 @@ LIBRARIES = ("torch", "triton", "lightning", "numpy", "safetensors", "huggingfac
 OPTIONAL = {"flash-attn": "flash_attn", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 WITHOUT = {
     "flash-attn": "attention uses torch's own kernels",
-    "mamba-ssm": "nothing here uses it yet",
+    "mamba-ssm": "the selective scan is memarch's own",
     "causal-conv1d": "the short convolution is memarch's own",
 }
 
@@ -84,6 +84,10 @@ def problem(name: str, module: str) -> str | None:
         from memarch.kernels.attention.flash_impl import probe
 
         return probe().reason
+    if module == "mamba_ssm":
+        from memarch.kernels.selective_scan.mamba_impl import probe as probe_mamba
+
+        return probe_mamba().reason
     return None
 
 

@@ -24,6 +24,7 @@ class Machine(NamedTuple):
     triton: str | None = None  # its version, when installed
     capability: tuple[int, int] | None = None  # compute capability of the CUDA device
     flash: str | None = "flash-attn needs a CUDA device"  # why flash-attn cannot be used, or None when it can
+    mamba: str | None = "mamba-ssm needs a CUDA device"  # the same of mamba-ssm
     interpreted: bool = False  # TRITON_INTERPRET=1: Triton kernels run on a CPU, slowly and only when forced
     cpp: str | None = NOT_BUILT  # why the C++ kernels for the CPU cannot be used, or None when they can
 
@@ -49,10 +50,11 @@ def machine(device_type: str) -> Machine:
 
 def _look() -> Machine:
     if "cuda" not in _machines:
-        from memarch.kernels.attention.flash_impl import probe
+        from memarch.kernels.attention import flash_impl
+        from memarch.kernels.selective_scan import mamba_impl
 
         triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-        _machines["cuda"] = Machine(triton, torch.cuda.get_device_capability(), probe().reason)
+        _machines["cuda"] = Machine(triton, torch.cuda.get_device_capability(), flash_impl.probe().reason, mamba_impl.probe().reason)
     return _machines["cuda"]
 
 

@@ -11,6 +11,7 @@ from memarch.layers.delta_net import DeltaNet, DeltaNetConfig
 from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.gla import GLA, GLAConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
+from memarch.layers.mamba import Mamba, MambaConfig
 from memarch.layers.mamba2 import Mamba2, Mamba2Config
 from memarch.layers.memory_former import MemoryFormer, MemoryFormerConfig
 from memarch.layers.memory_plus import MemoryPlus, MemoryPlusConfig
@@ -39,6 +40,7 @@ MIXERS = {
     "gated_delta": GatedDeltaConfig,
     "gla": GLAConfig,
     "linear_attention": LinearAttentionConfig,
+    "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     "mom": MoMConfig,
     "retnet": RetNetConfig,
@@ -87,8 +89,10 @@ __all__ = [
     "GatedDeltaConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "Mamba",
     "Mamba2",
     "Mamba2Config",
+    "MambaConfig",
     "MemoryFormer",
     "MemoryFormerConfig",
     "MemoryPlus",

@@ -28,6 +28,7 @@ TINY = {"vocab_size": 256, "dim": 64, "layers": 2, "tie": True}
 GDN = "Yang et al. 2024, arXiv 2412.06464"
 MOM = "Du et al. 2025, arXiv 2502.13685"
 BASED = "Arora et al. 2024, arXiv 2402.18668"
+MAMBA = "Gu & Dao 2023, arXiv 2312.00752"
 MAMBA2 = "Dao & Gu 2024, arXiv 2405.21060"
 PKM = "Lample et al. 2019, arXiv 1907.05242"
 PEER = "He 2024, arXiv 2407.04153"
@@ -124,6 +125,7 @@ PRESETS: dict[str, Preset] = {
     "retnet-tiny": Preset("linear", "Sun et al. 2023, arXiv 2307.08621", None, tiny({"kind": "retnet", "heads": 2})),
     "linear-attention-tiny": Preset("linear", "Katharopoulos et al. 2020, arXiv 2006.16236", None, tiny({"kind": "linear_attention", "heads": 2})),
     "gla-tiny": Preset("linear", "Yang et al. 2023, arXiv 2312.06635", None, tiny({"kind": "gla", "heads": 2})),
+    "mamba-tiny": Preset("linear", MAMBA, None, tiny({"kind": "mamba"})),
     "mamba2-tiny": Preset("linear", MAMBA2, None, tiny({"kind": "mamba2", "state": 32, "head_dim": 32})),
     "mom-tiny": Preset("linear", MOM, None, tiny({"kind": "mom", "inner": {"kind": "gated_delta", "heads": 2}})),
     "hybrid-tiny": Preset(
@@ -213,6 +215,10 @@ PRESETS: dict[str, Preset] = {
     "based-1.3b": Preset("hybrid", BASED, None, based(1792, 36, (1, 6, 11, 16, 21, 27, 33)), "1.3B"),
     "gated-delta-400m": Preset("linear", GDN, None, gated_delta(1536, 11, 6144)),  # what NVIDIA's "0.4B" says adds up to 517M
     "gated-delta-1.3b": Preset("linear", GDN, None, gated_delta(2400, 16, 5888), "1.3B"),
+    **{
+        f"mamba-{size.lower()}": Preset("linear", MAMBA, None, model(50280, dim, layers, {"kind": "mamba"}, None, norm_eps=1e-5), size)
+        for size, dim, layers in (("130M", 768, 24), ("370M", 1024, 48), ("790M", 1536, 48), ("1.4B", 2048, 48), ("2.8B", 2560, 64))
+    },
     "mamba2-130m": Preset("linear", MAMBA2, None, model(50288, 768, 24, {"kind": "mamba2"}, None, norm_eps=1e-5), "130M"),
     "mamba2-1.3b": Preset("linear", MAMBA2, None, model(50288, 2048, 48, {"kind": "mamba2"}, None, norm_eps=1e-5), "1.3B"),
     "mom-380m": Preset("linear", MOM, None, mom(1024, 2048, tie=True), "0.5B"),  # the model card; the paper's 444M is not what its config adds up to

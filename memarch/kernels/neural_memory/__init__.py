@@ -18,36 +18,58 @@ Gradients at a chunk's start overshoot where keys are alike, for all of them men
 exact form bears. `clip` bounds every write by clip step, and so S by clip step / (1 - eta), however large the error has grown.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memarch.kernels import native
-from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle
+from memarch.kernels.choose import NO_GPU, Choice, Machine, first, machine, settle, triton_cannot
 from memarch.kernels.neural_memory import cpp_impl, reference, torch_impl
 from memarch.kernels.neural_memory.memory import ACTIVATIONS, DECAYS, POSTS, Form, Memory, State, fresh, is_linear, shapes, whole
 from memarch.kernels.neural_memory.rest import push, read
 
 __all__ = ["Memory", "State", "neural_memory", "push", "read", "start"]
 
-IMPLEMENTATIONS = {"reference": reference.neural_memory, "torch": torch_impl.neural_memory, "cpp": cpp_impl.neural_memory}
+
+def _triton(*args: Any) -> tuple[Tensor, State]:
+    from memarch.kernels.neural_memory import triton_impl
+
+    return triton_impl.neural_memory(*args)
+
+
+IMPLEMENTATIONS = {"reference": reference.neural_memory, "torch": torch_impl.neural_memory, "cpp": cpp_impl.neural_memory, "triton": _triton}
 FLOPS = torch_impl.FLOPS
 ORDER = (
+    ("triton", "in chunks, with the products and the inner gradients in the kernels; only what a memory carries goes one chunk after the other"),
     ("cpp", "as torch, but an MLP goes through its chunks in C++, a head at a time and out of the cache"),
     ("torch", "a linear memory by a triangular solve, an MLP in dual form, with hand-written backwards"),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LINEAR = Memory()
+LINEAR, EXACT = Memory(), Form(None)
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype, here: Machine = NO_GPU) -> str | None:
+def why_not(
+    name: str, device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, memory: Memory = LINEAR, form: Form = EXACT, here: Machine = NO_GPU
+) -> str | None:
     if not dtype.is_floating_point:
         return f"q, k and v must be floating point, they are {dtype}"
-    return native.cannot(device_type, dtype, here, DTYPES) if name == "cpp" else None
+    if name == "cpp":
+        return native.cannot(device_type, dtype, here, DTYPES)
+    if name != "triton":
+        return None
+    if device_type == "cuda" and dtype == torch.float64:
+        return "it takes at most float32: use torch"
+    if (why := triton_cannot(device_type, here, transposes=False)) is not None:
+        return why
+    from memarch.kernels.neural_memory import triton_impl
+
+    return triton_impl.why_not(K, V, memory, form)
 
 
-def pick(device_type: str, dtype: torch.dtype, here: Machine = NO_GPU) -> Choice:
-    """Which implementation runs for q, k, v of this dtype, and why."""
-    return first(ORDER, lambda name: why_not(name, device_type, dtype, here))
+def pick(device_type: str, dtype: torch.dtype, K: int = 64, V: int = 64, memory: Memory = LINEAR, form: Form = EXACT, here: Machine = NO_GPU) -> Choice:
+    """Which implementation runs for q, k [.., K] and v [.., V] of this dtype, and why."""
+    return first(ORDER, lambda name: why_not(name, device_type, dtype, K, V, memory, form, here._replace(interpreted=False)))
 
 
 def neural_memory(
@@ -81,7 +103,7 @@ def neural_memory(
     if state is not None:
         state = whole(state, v, form)
         _check_state(state, shapes(memory, k, v, log_momentum is not None, form))
-    here, kind = machine(v.device.type), (v.device.type, v.dtype)
+    here, kind = machine(v.device.type), (v.device.type, v.dtype, k.shape[-1], v.shape[-1], memory, form)
     name = settle("neural_memory", IMPLEMENTATIONS, impl, lambda n: why_not(n, *kind, native.buildable(here)), lambda: pick(*kind, here))
     return IMPLEMENTATIONS[name](q, k, v, log_decay, log_momentum, step, state, memory, form, lengths)
 
