@@ -106,7 +106,7 @@ def main() -> None:
     for memory in LMM:
         for name in layers(memory):
             code = f"from benchmarks.titans_cases import peak; print(peak({memory!r}, {name!r}))"
-            print(f"{memory:8}{name:32}{subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()} MiB")
+            print(f"{memory:8}{name:48} {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()} MiB")
 
 
 def peak(memory: str, name: str, T: int = 4096) -> str:

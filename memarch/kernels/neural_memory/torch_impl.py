@@ -170,8 +170,9 @@ def _dual(
             q, log_decay, step = (_behind(x, skip) for x in (q, log_decay, step))
             log_momentum = None if log_momentum is None else _behind(log_momentum, skip)
             k, v, place, lengths = K, V, place - skip, None if lengths is None else lengths + skip
-    init = [w.expand(B, *w.shape) for w in memory.weights] if memory.decay_to == "init" else []
-    outer = (None if x is None else x.expand(B, *x.shape) for x in (memory.gain, memory.bias))
+    wide = torch.promote_types(v.dtype, torch.float32)  # before the rows part, so that their gradients are added up in it
+    init = [w.to(wide).expand(B, *w.shape) for w in memory.weights] if memory.decay_to == "init" else []
+    outer = (None if x is None else x.to(wide).expand(B, *x.shape) for x in (memory.gain, memory.bias))
     o, new = run(
         q, k, v, log_decay, log_momentum, step, begun.weights, begun.momentum, point, init, *outer, memory.pull, place, lengths,
         memory.activation, memory.post, form.chunk or 1, form.window, form.clip,
