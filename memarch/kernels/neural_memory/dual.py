@@ -7,7 +7,7 @@ or, if `native`, through C++ (cpp.py).
     B rows   T tokens   H heads   K key width   V value width   N chunks   C tokens in a chunk   L layers   X = B H
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -167,20 +167,20 @@ def flat(xs: Sequence[Tensor], v: Tensor) -> Layers:
 operator = torch.library.custom_op("memarch::neural_memory_dual", chunked, mutates_args=())
 
 
+# Shared with the operator of triton_dual.py, which has the same arguments but for `native`.
+
+
 @operator.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, weights: list[Tensor], momentum: list[Tensor],
-    point: list[Tensor], init: list[Tensor], gain: Maybe, bias: Maybe, pull: Maybe, place: Maybe, lengths: Maybe, activation: str, post: str,
-    chunk: int, window: int, clip: float | None, native: bool, save: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+def fake(*x: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    v, weights, momentum, place, chunk, save = *(x[i] for i in (2, 6, 7, 13, 17)), x[-1]
     N, dtype = size(v.shape[1], chunk, place is not None)[0], torch.promote_types(v.dtype, torch.float32)
-    new = [x.new_empty(x.shape, dtype=dtype) for x in (*weights, *momentum, *weights)]
-    kept = [x.new_empty(N, x.shape[0] * x.shape[1], *x.shape[2:]) for x in new[: len(weights) + len(momentum)]]
+    new = [w.new_empty(w.shape, dtype=dtype) for w in (*weights, *momentum, *weights)]
+    kept = [w.new_empty(N, w.shape[0] * w.shape[1], *w.shape[2:]) for w in new[: len(weights) + len(momentum)]]
     return v.new_empty(v.shape), new, kept if save else []
 
 
 @chunked_backward.register_fake
-def _(
+def fake_backward(
     do: Tensor, dstate: list[Tensor], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, kept: list[Tensor],
     point: list[Tensor], init: list[Tensor], gain: Maybe, bias: Maybe, pull: Maybe, *_: Any,
 ) -> list[Tensor]:  # fmt: skip
@@ -191,7 +191,7 @@ def _(
     return [*tokens, *(x.new_empty(x.shape) for x in (*w, *s, *(w if point else ()), *(w if init else ()))), *outer]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     tokens, lists, outer, options = inputs[:6], inputs[6:10], inputs[10:15], inputs[15:]
     assert options[-1], "the operator was told that no gradient is wanted"
     _, _, point, init = lists
@@ -202,18 +202,21 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Non
     ctx.set_materialize_grads(False)  # the zeros for `kept` are not asked for
 
 
-def _gradients(ctx: Any, do: Maybe, dstate: list[Maybe], _: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    tokens, kept, point, init, outer = ([next(saved) for _ in range(n)] for n in ctx.counts)
-    do, *dnew = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, *dstate), ctx.like, strict=True))
-    found = iter(chunked_backward(do, dnew, *tokens, kept, point, init, *outer, *ctx.options))
-    dtokens = [None if x is None else next(found) for x in tokens]
-    dlists = [[next(found).to(t) for t in dtypes] for dtypes in ctx.dtypes]
-    douter = [None if x is None else next(found).to(x.dtype) for x in outer[:3]]
-    return *dtokens, *dlists, *douter, *[None] * (2 + len(ctx.options) + 1)
+def gradients(backward: Callable[..., list[Tensor]]) -> Callable[..., tuple[Any, ...]]:
+    def found_by(ctx: Any, do: Maybe, dstate: list[Maybe], _: Any) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        tokens, kept, point, init, outer = ([next(saved) for _ in range(n)] for n in ctx.counts)
+        do, *dnew = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, *dstate), ctx.like, strict=True))
+        found = iter(backward(do, dnew, *tokens, kept, point, init, *outer, *ctx.options))
+        dtokens = [None if x is None else next(found) for x in tokens]
+        dlists = [[next(found).to(t) for t in dtypes] for dtypes in ctx.dtypes]
+        douter = [None if x is None else next(found).to(x.dtype) for x in outer[:3]]
+        return *dtokens, *dlists, *douter, *[None] * (2 + len(ctx.options) + 1)
+
+    return found_by
 
 
-operator.register_autograd(_gradients, setup_context=_remember)
+operator.register_autograd(gradients(chunked_backward), setup_context=remember)
 
 
 def _flops(q: torch.Size, momentum: Any, weights: list[torch.Size], init: Any, pull: Any, place: Any, chunk: int, back: bool) -> int:

@@ -27,7 +27,7 @@ from memarch.kernels.launch import Check, accumulator, launch, noted, operand, p
 from memarch.kernels.neural_memory import dual
 from memarch.kernels.neural_memory import triton_dual_kernels as kernels
 from memarch.kernels.neural_memory.chunk import Layers, Local, Masks, local, local_back
-from memarch.kernels.neural_memory.grid import Grid, size
+from memarch.kernels.neural_memory.grid import Grid
 
 WIDEST = 128  # tokens of a chunk, key and value width: of these a tile holds all
 BLOCK = 64  # other widths are worked on in pieces of this
@@ -312,50 +312,9 @@ operator = torch.library.custom_op("memarch::neural_memory_dual_triton", forward
 operator_backward = torch.library.custom_op("memarch::neural_memory_dual_triton_backward", backward, mutates_args=())
 
 
-@operator.register_fake
-def _(*x: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    v, weights, momentum, place, chunk, save = (x[i] for i in (2, 6, 7, 13, 17, 20))
-    N, dtype = size(v.shape[1], chunk, place is not None)[0], torch.promote_types(v.dtype, torch.float32)
-    new = [w.new_empty(w.shape, dtype=dtype) for w in (*weights, *momentum, *weights)]
-    states = [w.new_empty(N, w.shape[0] * w.shape[1], *w.shape[2:]) for w in new[: len(weights) + len(momentum)]]
-    return v.new_empty(v.shape), new, states if save else []
-
-
-@operator_backward.register_fake
-def _(
-    do: Tensor, dstate: list[Tensor], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, states: list[Tensor],
-    point: list[Tensor], init: list[Tensor], gain: Maybe, bias: Maybe, pull: Maybe, *_: Any,
-) -> list[Tensor]:  # fmt: skip
-    L = len(dstate) // (2 if log_momentum is None else 3)
-    w, s = dstate[:L], dstate[L:-L]
-    tokens = (x.new_empty(x.shape) for x in (q, k, v, log_decay, log_momentum, step) if x is not None)
-    outer = (w[0].new_empty(x.shape) for x in (gain, bias, pull) if x is not None)
-    return [*tokens, *(x.new_empty(x.shape) for x in (*w, *s, *(w if point else ()), *(w if init else ()))), *outer]
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    tokens, lists, outer, options = inputs[:6], inputs[6:10], inputs[10:15], inputs[15:]
-    assert options[-1], "the operator was told that no gradient is wanted"
-    _, _, point, init = lists
-    ctx.save_for_backward(*tokens, *output[2], *point, *init, *outer)
-    ctx.counts, ctx.options = (6, len(output[2]), len(point), len(init), 5), options[:-1]
-    ctx.dtypes = [[x.dtype for x in xs] for xs in lists]
-    ctx.like = [(x.shape, x.dtype, x.device) for x in (output[0], *output[1])]
-    ctx.set_materialize_grads(False)  # the zeros for `states` are not asked for
-
-
-def _gradients(ctx: Any, do: Maybe, dstate: list[Maybe], _: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    tokens, states, point, init, outer = ([next(saved) for _ in range(n)] for n in ctx.counts)
-    do, *dnew = (torch.zeros(s, dtype=t, device=d) if x is None else x for x, (s, t, d) in zip((do, *dstate), ctx.like, strict=True))
-    found = iter(operator_backward(do, dnew, *tokens, states, point, init, *outer, *ctx.options))
-    dtokens = [None if x is None else next(found) for x in tokens]
-    dlists = [[next(found).to(t) for t in dtypes] for dtypes in ctx.dtypes]
-    douter = [None if x is None else next(found).to(x.dtype) for x in outer[:3]]
-    return *dtokens, *dlists, *douter, *[None] * (2 + len(ctx.options) + 1)
-
-
-operator.register_autograd(_gradients, setup_context=_remember)
+operator.register_fake(dual.fake)
+operator_backward.register_fake(dual.fake_backward)
+operator.register_autograd(dual.gradients(operator_backward), setup_context=dual.remember)
 flops.file({name.replace("dual", "dual_triton"): count for name, count in dual.FLOPS.items()})  # the same products
 
 
