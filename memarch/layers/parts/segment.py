@@ -61,9 +61,10 @@ class SegmentWrapper(SequenceMixer):
         aux: dict[str, Tensor] = {}
         # A row that stands at place p needs ceil((p + T) / L) pieces, and p < L.
         count = -(-T // self.size) if state is None else (self.size - 1 + T + self.size - 1) // self.size
+        parts = x.split(self.size, 1) if aligned else ()  # at once: the gradient of one slice after the other is of the whole length each time
         for i in range(count):
             if aligned:
-                piece = x[:, i * self.size : (i + 1) * self.size]
+                piece = parts[i]
                 h = self.inner(piece, inner, below=EMPTY)
                 pieces.append(h.y)
                 share: Any = piece.shape[1] / total
