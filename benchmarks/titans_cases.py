@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -47,19 +47,18 @@ class Decoder:
     def __init__(self, build: peers.Build, call: Callable[[nn.Module, Tensor, Any], tuple[Tensor, Any]], context: int):
         self.build, self.call, self.context = build, call, context
 
-    @torch.inference_mode()
-    def prepare(self) -> None:
-        self.layer, self.state = self.build().eval(), None
+    @cached_property
+    def begun(self) -> tuple[nn.Module, Any]:
+        layer, state = self.build().eval(), None
         for piece in draw(1, self.context, DIM).split(1024, 1):
-            self.state = self.call(self.layer, piece, self.state)[1]
+            state = self.call(layer, piece, state)[1]
+        return layer, state
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        if not hasattr(self, "layer"):
-            self.prepare()
-        state, outs = self.state, []
+        (layer, state), outs = self.begun, []
         for token in x.split(1, 1):
-            y, state = self.call(self.layer, token, state)
+            y, state = self.call(layer, token, state)
             outs.append(y)
         return torch.cat(outs, 1)
 

@@ -99,15 +99,8 @@ def task_of(args: argparse.Namespace) -> tuple[Any, str]:
 
 def trained_on(model: str, task: str) -> Mapping[str, Any]:
     """What the run beside the export learned from, if it was the same kind of data."""
-    folder = Path(model).expanduser()
-    for place in (folder, folder.parent):
-        file = place / "config.json"
-        if (place / "export").is_dir() and file.is_file():
-            data = json.loads(file.read_text())
-            train = (data.get("data") or {}).get("train") or {}
-            if train.get("kind") == task:
-                return {name: train[name] for name in DECIDED_BY_DATA if train.get(name) is not None}
-    return {}
+    train = load.training_data(model)
+    return {name: train[name] for name in DECIDED_BY_DATA if train.get(name) is not None} if train.get("kind") == task else {}
 
 
 def default_folder(model: str) -> Path:

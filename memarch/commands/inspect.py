@@ -108,9 +108,6 @@ def data_of(args: argparse.Namespace) -> tuple[Any, str]:
 
     if args.path:
         return TextTask(path=args.path).source(), f"Read: {args.path}."
-    folder = Path(args.model).expanduser()
-    for place in (folder, folder.parent):
-        file = place / "config.json"
-        if (place / "export").is_dir() and file.is_file() and (train := (json.loads(file.read_text()).get("data") or {}).get("train")):
-            return decode(DataConfig, train, f"{file}: data.train"), f"Read: {train['kind']}, the data of the run."
+    if train := load.training_data(args.model):
+        return decode(DataConfig, train, f"{args.model}: data.train"), f"Read: {train['kind']}, the data of the run."
     return Text(), "Read: the standard library of this Python."

@@ -1,6 +1,7 @@
 """A model that a command names: a folder, the folder of a run, or a repository on the Hub."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def folder_of(name: str) -> str:
     """The export inside the folder of a run (which has a config.json of its own, the run's); every other name as it is."""
     inside = Path(name).expanduser() / "export"
     return str(inside) if inside.is_dir() else name
+
+
+def training_data(name: str) -> dict[str, Any]:
+    """data.train of the run that the model came from, if its folder is there; else empty."""
+    folder = Path(name).expanduser()
+    for place in (folder, folder.parent):
+        if (place / "export").is_dir() and (place / "config.json").is_file():
+            return (json.loads((place / "config.json").read_text()).get("data") or {}).get("train") or {}
+    return {}
 
 
 def load(args: argparse.Namespace) -> Any:
