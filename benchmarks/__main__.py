@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import memory_cases, peers, titans_cases
-from benchmarks.cases import FIELDS, Case, decoders, scaling
+from benchmarks import mamba_cases, memory_cases, peers, titans_cases
+from benchmarks.cases import FIELDS, Case, decoders, draw, scaling
 from benchmarks.cases import cases as linear_cases
 
 RESULTS = Path(__file__).parent / "results.csv"
@@ -37,6 +37,7 @@ def cases() -> Iterator[Case]:
     yield from linear_cases()
     yield from memory_cases.cases()
     yield from titans_cases.cases()
+    yield from mamba_cases.cases()
 
 
 def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
@@ -49,13 +50,15 @@ def once(call: Any, inputs: list[torch.Tensor], backward: bool) -> float:
 
 
 def right(case: Case) -> None:
-    """Every provider computes the same thing, in outputs and gradients."""
+    """Every provider computes the same thing, in outputs and, where they are timed, in gradients."""
     found: dict[str, list[torch.Tensor]] = {}
+    backward = "fwd+bwd" in case.modes
     for name, call in case.providers.items():
-        given = [x.detach().requires_grad_() for x in case.inputs]
+        given = [x.detach().requires_grad_(backward) for x in case.inputs]
         y = call(*given)
-        y.square().sum().backward()
-        found[name] = [y.detach(), *(x.grad for x in given)]
+        if backward:
+            y.backward(draw(*y.shape))  # not that of a sum of squares, which a norm keeps as it is
+        found[name] = [y.detach(), *(x.grad for x in given if backward)]
     for name, tensors in found.items():
         for a, b in zip(tensors, found["ours"], strict=True):
             error = (a - b).norm() / b.norm().clamp(min=1e-12)
@@ -96,7 +99,7 @@ def growth(rounds: int, ops: list[str]) -> list[dict[str, Any]]:
         items = [(op, x) for op, x in found.items() if not ops or op in ops]
         yield from track(items, what, disable=not sys.stdout.isatty(), transient=True)
 
-    for op, at in chosen(scaling() | titans_cases.scaling(), "growing"):
+    for op, at in chosen(scaling() | titans_cases.scaling() | mamba_cases.scaling(), "growing"):
         for mode in ("fwd", "fwd+bwd"):
             best, shape = [], ""
             for T in TOKENS:
@@ -104,7 +107,8 @@ def growth(rounds: int, ops: list[str]) -> list[dict[str, Any]]:
                 once(call, inputs, mode != "fwd")
                 best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
             row(op, mode, shape, best)
-    for op, layer in chosen({f"{name} layer": x for name, x in (decoders() | titans_cases.family()).items()}, "decoding"):
+    layers = decoders() | titans_cases.family() | mamba_cases.family()
+    for op, layer in chosen({f"{name} layer": x for name, x in layers.items()}, "decoding"):
         row(op, "one token after so many", "B=1 D=256 fp32", [decode(layer, T, rounds) for T in TOKENS])
     return rows
 
@@ -141,10 +145,10 @@ def main() -> int:
         if case.same:
             right(case)
         for mode in case.modes:
-            times = measure(case, mode == "fwd+bwd", args.rounds)
+            times = measure(case, mode == "fwd+bwd", case.rounds or args.rounds)
             ours = statistics.median(times["ours"])
             for name, found in times.items():
-                low, *_, high = statistics.quantiles(found, n=5)
+                low, *_, high = statistics.quantiles(found, n=5) if len(found) > 1 else found * 2
                 middle = statistics.median(found)
                 values = (
                     date.today(),

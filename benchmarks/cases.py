@@ -24,6 +24,7 @@ class Case(NamedTuple):
     providers: dict[str, Callable[..., Tensor]]
     same: bool = True  # all providers compute the same; False: what is compared is the cost of different things
     modes: tuple[str, ...] = ("fwd", "fwd+bwd")
+    rounds: int | None = None  # instead of those asked for, where a provider takes minutes
 
 
 Sized = Callable[[int], tuple[str, Callable[..., Any], list[Tensor]]]  # tokens -> shape, the call and its inputs

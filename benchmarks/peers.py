@@ -3,11 +3,16 @@ named and left out; a row without any is a row against plain torch."""
 
 import importlib
 import importlib.metadata
+import tempfile
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from memarch.convert import save_transformers
+from memarch.models import LM
 
 Call = Callable[..., Tensor]
 Build = Callable[[], nn.Module]
@@ -99,6 +104,42 @@ def titans(D: int, H: int = 4) -> dict[str, Build]:
 
     name = f"titans-pytorch {importlib.metadata.version('titans-pytorch')}" if found else ""
     return {f"{name} NeuralMemory": build, f"{name} NeuralMemory, batch_size 64": lambda: build(64)} if found else {}
+
+
+def pscan() -> dict[str, Call]:
+    """mambapy's parallel scan, which has a state for every token, and what is read from them."""
+    found = layer("mambapy", "mambapy.pscan", "pscan")
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return (found((dt[..., None] * A).exp(), (dt * x)[..., None] * B[:, :, None]) @ C[..., None]).squeeze(-1)
+
+    return {f"mambapy {importlib.metadata.version('mambapy')} pscan": scan} if found else {}
+
+
+class Embedded(nn.Module):
+    """A model of transformers from embeddings on: without a cache in training, with one when there is no gradient."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        out = self.model(inputs_embeds=x, cache_params=cache, use_cache=not torch.is_grad_enabled())
+        return out.last_hidden_state, out.cache_params
+
+
+def mamba(ours: Callable[[], LM], path: str) -> dict[str, Build]:
+    """MambaModel of transformers with our weights and without kernels: its "loop" over tokens, or the scan of "mambapy"."""
+    found = layer("transformers", "transformers", "MambaModel")
+    if path == "mambapy" and not layer("mambapy", "mambapy.pscan", "pscan"):
+        return {}
+
+    def build() -> nn.Module:
+        with tempfile.TemporaryDirectory() as folder:
+            save_transformers(ours(), folder)
+            return Embedded(found.from_pretrained(folder, use_mambapy=path == "mambapy"))
+
+    return {f"transformers {importlib.metadata.version('transformers')}, {path}": build} if found else {}
 
 
 def sides_first(weight: Tensor, H: int, side: int) -> Tensor:

@@ -51,6 +51,7 @@ class SequenceMixer(nn.Module):
 
     reads: tuple[str, ...] = ()  # notes of layers below without which this mixer cannot work
     writes: tuple[str, ...] = ()  # notes it posts
+    every: int = 1  # tokens it takes for a new answer; until then the last one is repeated
 
     def start(self, batch: int) -> State:
         """A fresh state for `batch` rows; it may depend on parameters."""
@@ -60,6 +61,11 @@ class SequenceMixer(nn.Module):
         """x [B, T, D], T >= 1. `state=None` means `start(B)`. lengths [B] counts the real tokens of each row (right padding, 0 allowed):
         pads change neither the state nor a real output. The given state is never changed."""
         raise NotImplementedError
+
+    def last(self, x: Tensor, state: State | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        """`forward` with the y of each row's last real token alone, [B, 1, D]: all that a prompt is read for. Who can do with less work overrides it."""
+        h = self(x, state, below=below, lengths=lengths)
+        return h._replace(y=last(h.y, lengths))
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         """Fill every parameter and buffer this module owns. `depth` is the number of blocks of the model around it."""
@@ -78,6 +84,11 @@ class ChannelMixer(nn.Module):
 
     def init_(self, depth: int, generator: torch.Generator) -> None:
         raise NotImplementedError
+
+
+def last(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each row's last real token, [B, 1, ...]; of a row without one, any."""
+    return x[:, -1:].clone() if lengths is None else x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)][:, None]
 
 
 def under(prefix: str, aux: Mapping[str, Tensor]) -> dict[str, Tensor]:

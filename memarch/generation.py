@@ -196,11 +196,11 @@ def _read(model: LM, prompts: list[list[int]], state: State | None, chunk: int) 
         x = torch.tensor([p + [0] * (longest - len(p)) for p in pieces], device=model.device)
         lengths = None if min(map(len, pieces)) == longest else torch.tensor([len(p) for p in pieces], device=model.device)
         if len(here) == len(prompts):
-            state = _features(model, x, state, lengths)
+            state = _prefill(model, x, state, lengths)
         else:
             whole = _start(model, len(prompts)) if state is None else state
             rows = torch.tensor(here, device=model.device)
-            state = states.put(whole, rows, _features(model, x, states.take(whole, rows), lengths))
+            state = states.put(whole, rows, _prefill(model, x, states.take(whole, rows), lengths))
     return state
 
 
@@ -208,10 +208,10 @@ def _read(model: LM, prompts: list[list[int]], state: State | None, chunk: int) 
 
 
 @torch.no_grad()
-def _features(model: LM, x: Tensor, state: State | None, lengths: Tensor | None) -> State:
-    """Without the head: the logits of a long prompt would be the largest thing in memory, and nobody reads them."""
+def _prefill(model: LM, x: Tensor, state: State | None, lengths: Tensor | None) -> State:
+    """Only what the state needs: the logits of a long prompt would be the largest thing in memory, and nobody reads them."""
     with _evaluating(model):
-        return model.features(x, state, lengths=lengths).state
+        return model.prefill(x, state, lengths=lengths).state
 
 
 @torch.no_grad()

@@ -110,11 +110,12 @@ def reset(state: State, mask: Tensor, fresh: State) -> State:
 
 
 def growing(mixer: SequenceMixer, dim: int) -> tuple[bool, ...]:
-    """For every leaf of a mixer's state: does its dim 1 grow with the stream? Found out by feeding one token."""
+    """For every leaf of a mixer's state: does its dim 1 grow with the stream? Found out by feeding one token, and as many as an answer takes."""
     with torch.no_grad():
         before = mixer.start(1)
         weight = next(mixer.parameters())
-        return grew(before, mixer(weight.new_zeros(1, 1, dim), before).state)
+        found = [grew(before, mixer(weight.new_zeros(1, n, dim), before).state) for n in sorted({1, mixer.every})]
+        return tuple(any(flags) for flags in zip(*found, strict=True))
 
 
 def grew(before: State, after: State) -> tuple[bool, ...]:

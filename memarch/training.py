@@ -144,6 +144,7 @@ class Command(LightningCLI):
             torch.set_num_threads(self.said.threads)
         self.datamodule = TokenData(**self._get(self.config, "data").as_dict() | {name: self.tree(f"data.{name}") for name in ("train", "val")})
         config, task = self.tree("model"), self._get(self.config, "task")
+        suits(config, self.datamodule.train)
         wide, need = config.vocab_size, self.datamodule.vocab_size
         require(config.embed != "tokens" or wide >= need, f"the data have {need} token ids and model.vocab_size is {wide}: set --model.vocab_size {need}.")
         self.model = Task(self.build(config, seed=task.seed), self.tree("optim"), **task.as_dict())
@@ -199,6 +200,18 @@ class Command(LightningCLI):
             metrics = dict(self.trainer.validate(self.model, self.datamodule, ckpt_path=found, verbose=False)[0])
             print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return Run(command, self.trainer, self.model, self.datamodule, self.folder, self.resolved(), metrics)
+
+
+def suits(model: LMConfig, data: Any) -> None:
+    """Tokens are for models of tokens, and numbers for models of as many."""
+    has = (model.inputs if model.embed == "linear" else None, model.outputs if model.head == "regression" else None)
+    wants = (getattr(data, "inputs", None), getattr(data, "outputs", None))
+    if wants == (None, None):
+        require(has == wants, f"the data are tokens ({data.kind}): set model.embed and model.head to tokens.")
+    require(
+        has == wants,
+        f"the data are numbers ({data.kind}): set model.embed linear, inputs {wants[0]}, head regression, outputs {wants[1]} and tie false.",
+    )
 
 
 def callbacks(folder: Path, said: RunConfig) -> list[Callback]:

@@ -62,8 +62,9 @@ def fake(monkeypatch):
                 task = json.loads(words[words.index("--task") + 1])
                 rows = [{"length": n, "pairs": 2, "accuracy": n / 100, "error": None} for n in task["lengths"]]
                 out = Path(words[words.index("--out") + 1])
-                out.mkdir()
-                (out / "mqar.json").write_text(json.dumps(Table("mqar", "accuracy", ("length", "pairs"), tuple(rows)).to_dict()))
+                out.mkdir(exist_ok=True)
+                parts = {"gap": tuple({"length": 16, "pairs": 2, "gap": n, "accuracy": 0.0, "recall": n / 10} for n in (4, 8))}
+                (out / "mqar.json").write_text(json.dumps(Table("mqar", "accuracy", ("length", "pairs"), tuple(rows), parts).to_dict()))
             return 0, 2.5
 
     it = Fake()
@@ -141,6 +142,9 @@ BAD = {
     "metric": ({"metric": "accuracy"}, r"must be a column of metrics.csv such as val/loss"),
     "metric task": ({"metric": {"kind": "mqr"}}, r"unknown task 'mqr'. Did you mean 'mqar'\?"),
     "impossible evaluation": ({"metric": {"kind": "mqar", "lengths": [8], "pairs": [16]}}, r"no cell of the grid is possible"),
+    "part of a column": ({"part": "gap"}, r"part 'gap' is a part of what a task answers"),
+    "part that no task has": ({"metric": {"kind": "age"}, "part": "gap"}, r"part 'gap': age answers in cells only"),
+    "part that this task has not": ({"metric": TASK, "part": "position"}, r"part: unknown part 'position'. Allowed: gap"),
     "hint": ({"x": "lenght", "metric": TASK}, r"x: unknown dimension 'lenght'. Did you mean 'length'\?"),
     "no model": ({"base": {"data": BASE["data"]}}, r"'model' is missing"),
     "no data": ({"base": {"preset": "hybrid-tiny"}}, r"data.train is missing"),
@@ -238,6 +242,18 @@ def test_another_metric_asks_the_trained_model_again(tmp_path, fake):
     assert [what for what, _ in fake.calls] == ["train", "evaluate"]
     (row,) = rows_of(out / "runs.csv")
     assert float(row["accuracy, length 32"]) == 0.32 and float(row["mqar"]) == pytest.approx(0.24) and float(row["cpu_seconds"]) == 5.0
+
+
+def test_a_part_of_the_answer(tmp_path, fake):
+    """The same trained model is asked; the cells are those of the part, and the figure's axis is theirs."""
+    out = tmp_path / "out"
+    go(ablation(tmp_path, metric=TASK), out)
+    file = ablation(tmp_path, metric=TASK, part="gap.recall", x="gap")
+    assert go(file, out) == 0 and [what for what, _ in fake.calls] == ["train", "evaluate", "evaluate"]
+    (row,) = rows_of(out / "runs.csv")
+    assert float(row["recall, gap 4"]) == 0.4 and float(row["recall, gap 8"]) == 0.8 and float(row["mqar"]) == pytest.approx(0.6)
+    ablation(tmp_path, metric=TASK, part="gap.recal")
+    assert go(file, out) == 1 and "mqar answered no recal by gap" in rows_of(out / "runs.csv")[0]["error"]
 
 
 def test_a_failure_is_a_row_and_is_tried_again(tmp_path, fake, capsys):

@@ -16,7 +16,7 @@ from memarch.models.lm import LM, LMConfig
 from memarch.run import RunConfig
 from memarch.training import main
 
-FILES = [f"configs/{file.relative_to(shipped())}" for kind in ("recall", "text", "facts") for file in sorted((shipped() / kind).glob("*.yaml"))]
+FILES = [f"configs/{file.relative_to(shipped())}" for kind in ("recall", "text", "facts", "inertial") for file in sorted((shipped() / kind).glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("folder", ["recall", "text"])

@@ -85,6 +85,7 @@ def test_one_more_field_keeps_the_kind_and_the_others(monkeypatch, tmp_path, kin
         "text": {"held_out": 0.1},
         "needle": {"needles": 3},
         "facts": {"facts": 512},
+        "inertial": {"every": 5},
     }
     file = tmp_path / "a.yaml"
     file.write_text(json.dumps({"data": {part: {"kind": kind, **given.get(kind, {"copies": 3})} for part in ("train", "val")}}))

@@ -26,8 +26,10 @@ SMALL = {
     "needle": {"lengths": (32, 64), "depths": (0.0, 0.5, 1.0), "examples": 6, "value_len": 2},
     "age": {"pairs": 12, "every": 5, "examples": 6},
     "facts": {"facts": 250, "sets": 2, "asked": 8},
+    "inertial": {"lengths": (64, 130), "examples": 6},
     "text": {"tokens": 600, "context": 250},
 }
+CONTINUOUS = {"inertial": {"embed": "linear", "inputs": 6, "head": "regression", "outputs": 2, "tie": False}}
 
 
 class Copycat(nn.Module):
@@ -76,7 +78,7 @@ class Knows(Copycat):
 @pytest.mark.parametrize("name", ["transformer-tiny", "hybrid-tiny", "rmt-tiny"])
 @pytest.mark.parametrize("task", TASKS)
 def test_streamed_in_ragged_pieces_equals_whole(task, name):
-    model = create_model(name, seed=1)
+    model = create_model(name, seed=1, **CONTINUOUS.get(task, {}))
     whole = evaluate(model, task, chunk=10**6, **SMALL[task])
     pieces = evaluate(model, task, chunk=13, batch_size=4, **SMALL[task])
     assert len(whole.rows) == len(pieces.rows) > 0
@@ -110,7 +112,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gpu_says_what_a_cpu_says(task):
-    model = create_model("hybrid-tiny", seed=1)
+    model = create_model("hybrid-tiny", seed=1, **CONTINUOUS.get(task, {}))
     here, there = (evaluate(model.to(device), task, chunk=13, **SMALL[task]) for device in ("cpu", "cuda"))
     for a, b in zip(here.rows, there.rows, strict=True):
         assert a[here.metric] == pytest.approx(b[here.metric], rel=1e-3, abs=0.1)  # a tie may fall the other way
@@ -286,8 +288,12 @@ def test_what_cannot_be_is_said(name):
 
 def test_a_regression_model_is_refused():
     model = create_model("hybrid-tiny", tie=False, embed="linear", inputs=2, head="regression", outputs=1)
-    with pytest.raises(ConfigError, match=r"every task here asks a model from tokens to tokens"):
+    with pytest.raises(ConfigError, match=r"embed 'linear' to head 'regression'; mqar asks a model from 'tokens' to 'tokens'"):
         evaluate(model, "mqar")
+    with pytest.raises(ConfigError, match=r"6 inputs and 2 outputs are asked for; the model has 2 and 1"):
+        evaluate(model, "inertial")
+    with pytest.raises(ConfigError, match=r"embed 'tokens' to head 'tokens'; inertial asks a model from 'linear' to 'regression'"):
+        evaluate(Uniform(), "inertial")
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
@@ -295,8 +301,7 @@ def test_a_regression_model_is_refused():
 
 @pytest.fixture(scope="module")
 def tables():
-    model = create_model("hybrid-tiny")
-    return {task: evaluate(model, task, **SMALL[task]) for task in TASKS}
+    return {task: evaluate(create_model("hybrid-tiny", **CONTINUOUS.get(task, {})), task, **SMALL[task]) for task in TASKS}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -317,18 +322,28 @@ def test_figures_have_the_width_of_a_column(task, tables, tmp_path):
     assert 3.2 * 200 < width < 3.5 * 200 and height < 5 * 200
 
 
-def test_a_run_of_an_ablation_keeps_what_cells_measure(tables, tmp_path):
+def test_a_run_of_an_ablation_keeps_what_cells_measure(tables):
     from memarch.ablation.folder import evaluated
 
     for task, table in tables.items():
-        report.write(table, tmp_path)
-        row = evaluated(tmp_path / f"{task}.json")
+        row = evaluated(table)
         assert row[task] == pytest.approx(table.mean()) and [cell["value"] for cell in row["cells"]] == [cell[table.metric] for cell in table.rows]
         assert "error" not in row  # that is the run's own
-    assert "perplexity" in evaluated(tmp_path / "text.json")
-    facts = evaluated(tmp_path / "facts.json")
+    assert "perplexity" in evaluated(tables["text"])
+    facts = evaluated(tables["facts"])
     assert facts["bits"] == pytest.approx(np.mean([cell["bits"] for cell in tables["facts"].rows]))
     assert facts.keys() == {"facts", "accuracy, set 0", "accuracy, set 1", "stored", "bits", "bits_per_parameter", "bits_per_active_parameter", "cells"}
+
+
+@pytest.mark.parametrize("task", [task for task, cls in TASKS.items() if hasattr(cls, "parts")])
+def test_a_part_is_a_table_of_its_own(task, tables):
+    """A task says what the cells of its parts differ in."""
+    for name, axes in make_task(task).parts.items():
+        part = tables[task].part(name, axes)
+        assert part.rows == tables[task].parts[name]
+        assert len({tuple(part.settings(row).values()) for row in part.rows}) == len(part.rows) > 0
+    with pytest.raises(ValueError, match=f"{task} answered no colour by"):
+        tables[task].part(name, axes, "colour")
 
 
 def test_show_prints_every_cell(tables):
@@ -362,7 +377,7 @@ def size_of(png: Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-@pytest.mark.parametrize("name", ["transformer-tiny", "hybrid-tiny", "rmt-tiny", "short-conv-tiny"])
+@pytest.mark.parametrize("name", ["transformer-tiny", "hybrid-tiny", "rmt-tiny", "hiss-tiny", "short-conv-tiny"])
 def test_state_size_is_what_a_stream_holds(name):
     from memarch.state import nbytes
 

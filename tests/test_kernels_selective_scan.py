@@ -238,9 +238,10 @@ def test_the_exponential_of_the_cpp_kernel():
     torch.testing.assert_close(power(ends), torch.tensor([0.0, 0, 0, torch.inf, torch.inf, torch.nan]), rtol=0, atol=0, equal_nan=True)
 
 
-def test_each_input_in_its_own_dtype(impl):
+@pytest.mark.parametrize("T", [1, 40])
+def test_each_input_in_its_own_dtype(impl, T):
     """As a layer has it under autocast: activations in bfloat16, steps and parameters in float32."""
-    x = fresh(example(40), torch.bfloat16)
+    x = fresh(example(T), torch.bfloat16)
     x |= {n: x[n].detach().float().requires_grad_() for n in ("dt", "A", "D", "state")}
     y, state = selective_scan(**x, impl=impl)
     truth = selective_scan(**{n: v if v is None else v.detach().float() for n, v in x.items()}, impl="reference")
@@ -251,8 +252,9 @@ def test_each_input_in_its_own_dtype(impl):
         assert g.dtype == v.dtype and g.shape == v.shape
 
 
-def test_autocast_changes_nothing(impl):
-    x = fresh(example(40), torch.float32)
+@pytest.mark.parametrize("T", [1, 40])
+def test_autocast_changes_nothing(impl, T):
+    x = fresh(example(T), torch.float32)
     plain = run(x, impl, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         close(run(x, impl, torch.float32), plain, 0)

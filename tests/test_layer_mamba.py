@@ -10,7 +10,7 @@ from memarch import create_model
 from memarch.layers import MambaConfig
 from memarch.layers import mamba as layers
 from memarch.optim import OptimConfig, param_groups
-from zoo import DIM, F64, close, noisy
+from zoo import DIM, F64, close, noisy, same_state
 
 
 def test_it_is_its_formula():
@@ -29,6 +29,33 @@ def test_it_is_its_formula():
     found = layer(u)
     close(found.y, y, "output", 1e-10)
     close(found.state.memory, h, "memory", 1e-10)
+
+
+def test_it_shares_what_it_reads_and_how_large_its_steps_are():
+    """The readout is h C + D x, before the gate; posting changes nothing but rounding. One layer with the weights of the other, over two pieces."""
+    plain, sharing = (noisy(MambaConfig(state=3, share=share).build(DIM)) for share in ((), ("readout", "step")))
+    assert plain.writes == () and sharing.writes == ("readout", "step") and not plain(torch.randn(1, 2, DIM, dtype=F64)).note
+    u, state, given = torch.randn(2, 40, DIM, dtype=F64), None, {}
+
+    def spy(x, dt, A, B, C, D, z, memory, lengths):
+        given.update(x=x, dt=dt, A=A, B=B, C=C, D=D)
+        return scan(x, dt, A, B, C, D, z, memory, lengths=lengths)
+
+    scan, whole = layers.selective_scan, plain(u)
+    h, ys = torch.zeros(2, 2 * DIM, 3, dtype=F64), []
+    for piece in u.split([13, 27], 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "selective_scan", spy)
+            found = sharing(piece, state)
+        state = found.state
+        ys.append(found.y)
+        for t in range(piece.shape[1]):
+            x, dt, B, C = (given[name][:, t] for name in ("x", "dt", "B", "C"))
+            h = (dt[..., None] * given["A"]).exp() * h + (dt * x)[..., None] * B[:, None]
+            close(found.note["readout"].y[:, t], (h * C[:, None]).sum(-1) + given["D"] * x, "readout", 1e-12)
+            close(found.note["step"].dt[:, t], dt.mean(-1), "step", 1e-12)
+    close(torch.cat(ys, 1), whole.y, "output", 1e-12)
+    same_state(state, whole.state, "state", 1e-12)
 
 
 def test_the_init_is_the_published_one():

@@ -10,6 +10,8 @@ import zoo
 from memarch import LM, LMConfig, create_model, decode, list_models
 from memarch import state as states
 from memarch.contracts import EMPTY, Fed
+from memarch.kernels.attention import attention
+from memarch.layers import attention as attention_module
 from memarch.layers.swiglu import SwiGLU
 from memarch.models import lm as lm_module
 from zoo import close, same_state
@@ -86,6 +88,50 @@ def test_recomputation_changes_no_gradient(name):
         model.loss(x[:, :-1], x[:, 1:]).loss.backward()
     for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         close(p.grad, q.grad, key, 1e-12)
+
+
+ACROSS = [{"reads": 0, "adds": 7, "layer": SWIGLU}, {"reads": 5, "adds": 6, "layer": SWIGLU}, {"reads": 2, "adds": 5, "layer": SWIGLU}]
+PREFILLED = {name: lambda name=name: create_model(name) for name in TINY}
+PREFILLED |= {f"stack-{seed}": lambda seed=seed: LM(zoo.stack(seed)) for seed in range(zoo.STACKS)}
+PREFILLED["branches past the last memory"] = lambda: create_model("sambay-tiny", branches=ACROSS)
+PREFILLED["no memory at all"] = lambda: create_model("transformer-tiny", set={"parts.M.mixer": None})
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_a_prefill_is_the_last_row_of_forward(name):
+    model = zoo.noisy(PREFILLED[name]())
+    first, more = ids(model, 3, 40), ids(model, 3, 23, 1)
+    lengths, state = torch.tensor([23, 0, 9]), None
+    for x, given in ((first, None), (more, None), (first, torch.tensor([40, 7, 1])), (more, lengths)):
+        whole, found = model(x, state, lengths=given), model.prefill(x, state, lengths=given)
+        assert found.logits.shape == (3, 1, model.config.vocab_size)
+        same_state(found.state, whole.state, "state", 1e-12)
+        for b, n in enumerate([x.shape[1]] * 3 if given is None else given.tolist()):
+            if n:
+                close(found.logits[b, 0], whole.logits[b, n - 1], f"row {b}")
+        state = whole.state  # in the last turn rows stand at different places
+
+
+@pytest.mark.parametrize("name, full", [("sambay-tiny", 5), ("yoco-tiny", 1), ("transformer-tiny", 1)])
+def test_what_lies_above_the_last_memory_runs_for_one_token(name, full):
+    """`full`: how many feed-forwards see the whole prompt. Mixers above the last memory, and the head, see one token a row."""
+    model = create_model(name)
+    blocks, seen = model.core.blocks, []
+    for i, block in enumerate(blocks):
+        block.norm1.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, "mixer", args[0].shape[1])))
+        block.ffn.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, "ffn", args[0].shape[1])))
+    model.head.register_forward_pre_hook(lambda _, args: seen.append((len(blocks), "head", args[0].shape[1])))
+    model.prefill(ids(model, 2, 30), lengths=torch.tensor([30, 12]))
+    layers = [(i, kind) for i in range(len(blocks)) for kind in ("mixer", "ffn")] + [(len(blocks), "head")]
+    assert seen == [(i, kind, 30 if i < full or (i == full and kind == "mixer") else 1) for i, kind in layers]
+
+
+def test_the_last_attention_asks_for_one_token(monkeypatch):
+    """Two windows over the whole prompt, and one query to all keys: the time of a prefill is linear."""
+    model, asked = create_model("sambay-tiny"), []
+    monkeypatch.setattr(attention_module, "attention", lambda q, *args, **more: asked.append(q.shape[1]) or attention(q, *args, **more))
+    model.prefill(ids(model, 2, 30))
+    assert asked == [30, 30, 1]
 
 
 def test_the_loss_in_pieces_equals_the_loss_at_once(monkeypatch):

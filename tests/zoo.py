@@ -2,6 +2,7 @@
 
 Being in a table is being here. There is no list of exceptions."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,21 +122,32 @@ INNER = {
 }
 
 
+def every(wrapper: Any) -> int:
+    """Tokens for one token of what is inside."""
+    return getattr(wrapper, "chunk", 1)
+
+
 def wrapped() -> list[Subject]:
     found = []
     for kind, table in WRAPPERS.items():
         for i, wrapper in enumerate(table.examples()):
             for name, inner in INNER.items():
                 data = {"vocab_size": 11, "dim": DIM, "layers": len(inner["pattern"]), **inner, "wrap": [encode(wrapper)]}
-                found.append(Subject(f"{kind}-{i}-around-{name}", lambda d=data: LM(decode(LMConfig, d)).backbone, DIM, wrapper.span()))
-            nested = {**data, "wrap": [encode(wrapper), {**encode(wrapper), "segment": 7}]}
-            found.append(Subject(f"{kind}-{i}-nested", lambda d=nested: LM(decode(LMConfig, d)).backbone, DIM, 7))
+                # Windows of 3 inside are crossed too, in tokens of their own.
+                span = max(wrapper.span(), 3 * every(wrapper))
+                found.append(Subject(f"{kind}-{i}-around-{name}", lambda d=data: LM(decode(LMConfig, d)).backbone, DIM, span))
+            size = {"chunk": 2} if hasattr(wrapper, "chunk") else {"segment": 7}
+            outer = decode(type(wrapper), {**encode(wrapper), **size})
+            nested = {**data, "wrap": [encode(wrapper), encode(outer)]}
+            span = max(7, 3 * every(wrapper) * every(outer))
+            found.append(Subject(f"{kind}-{i}-nested", lambda d=nested: LM(decode(LMConfig, d)).backbone, DIM, span))
     return found
 
 
 def longest(config: LMConfig) -> int:
     layers = [config.block(i).mixer for i in range(config.layers)]
-    return max([1, *(m.span() for m in layers if m is not None), *(w.span() for w in config.wrap)])
+    inside = max([1, *(m.span() for m in layers if m is not None)])
+    return max([inside * math.prod(map(every, config.wrap)), *(w.span() for w in config.wrap)])
 
 
 def presets() -> list[Subject]:
@@ -149,16 +161,18 @@ def presets() -> list[Subject]:
 def stack(seed: int) -> LMConfig:
     """One random model: mixers x channels x wrapper x pool x branch, all from the tables."""
     rng = random.Random(seed)
-    plain = [c for table in MIXERS.values() for c in table.examples() if not made(c).reads]
-    readers = [c for table in MIXERS.values() for c in table.examples() if made(c).reads]
+    examples = [table.examples() for table in MIXERS.values()]  # a kind is drawn, then one of its examples
+    plain = list(filter(None, ([c for c in kind if not made(c).reads] for kind in examples)))
+    readers = list(filter(None, ([c for c in kind if made(c).reads] for kind in examples)))
     channels = [c for table in CHANNELS.values() for c in table.examples()]
     layers = rng.choice([2, 3, 4])
+    mixers = [rng.choice(rng.choice(plain)) for _ in range(layers)]
+    if rng.random() < 0.5:
+        reader, at = rng.choice(rng.choice(readers)), rng.randrange(1, layers)
+        below = [c for kind in plain for c in kind if set(made(c).writes) >= set(made(reader).reads) and fits(c, reader)]
+        mixers[at - 1 : at + 1] = [rng.choice(below), reader]
     parts, blocks = {}, []
-    for i in range(layers):
-        mixer = rng.choice(plain)
-        if blocks and rng.random() < 0.4:
-            fitting = [r for r in readers if any(set(made(b["mixer"]).writes) >= set(made(r).reads) and fits(b["mixer"], r) for b in blocks[-1:])]
-            mixer = rng.choice(fitting) if fitting else mixer
+    for i, mixer in enumerate(mixers):
         ffn = rng.choice(channels) if rng.random() < 0.8 else None
         blocks.append({"mixer": mixer, "ffn": ffn})
         parts["ABCD"[i]] = {"mixer": encode(mixer), "ffn": encode(ffn) if ffn else None}

@@ -27,6 +27,7 @@ import yaml
 from memarch.ablation.folder import GIVEN, LOG, evaluated, given, last_row, measured, save, saved, why
 from memarch.ablation.plan import Plan, Run
 from memarch.config import digest, encode
+from memarch.evaluation.report import read
 from memarch.evaluation.table import Row
 
 
@@ -47,10 +48,15 @@ class Runner:
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
 
+    @property
+    def asked(self) -> str:
+        metric, part = encode(self.plan.config.metric), self.plan.config.part
+        return digest(metric if part is None else [metric, part])
+
     def result(self, run: Run) -> Row | None:
         """The row of a run, whatever its status; None when there is none for this config and metric."""
         found = saved(self.folder(run))
-        same = found is not None and found.get("config") == run.digest and found.get("asked") == digest(encode(self.plan.config.metric))
+        same = found is not None and found.get("config") == run.digest and found.get("asked") == self.asked
         return found if same else None
 
     def status(self, run: Run) -> str:
@@ -78,7 +84,7 @@ class Runner:
                 **run.settings(),
                 "run": run.name,
                 "config": run.digest,
-                "asked": digest(encode(self.plan.config.metric)),
+                "asked": self.asked,
                 "parameters": run.parameters,
                 "state_bytes": run.state_bytes,
                 "bytes_per_token": run.bytes_per_token,
@@ -116,7 +122,7 @@ class Runner:
                 row["trained"] = True
         row |= measured(folder)
         if task is not None:
-            row |= evaluated(folder / "evaluation" / f"{task.kind}.json")
+            row |= evaluated(self.plan.config.cells(read(folder / "evaluation" / f"{task.kind}.json")))
         elif self.plan.config.metric not in row:
             have = ", ".join(name for name in row if name.startswith(("val/", "train/")))
             row |= {"status": "failed", "error": f"metrics.csv has no {self.plan.config.metric!r}; it has {have or 'none'}"}

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memarch.ablation.plan import Run
-from memarch.evaluation.report import read
-from memarch.evaluation.table import Row, label
+from memarch.evaluation.table import Row, Table, label
 
 RESULT, GIVEN, LOG = "result.json", "run.yaml", "log.txt"
 ERROR = re.compile(r"^(error:|memarch:|[\w.]*(Error|Exception|Interrupt|NonFinite|Exit)\b)")
@@ -45,9 +44,8 @@ def measured(folder: Path) -> Row:
     return found
 
 
-def evaluated(file: Path) -> Row:
+def evaluated(table: Table) -> Row:
     """A column per cell, and their mean under the task's name; the mean of whatever else cells measure; the cells once more for the figure."""
-    table = read(file)
     varies = [axis for axis in table.axes if len({row[axis] for row in table.rows}) > 1]
     cells = {f"{table.metric}, {label({axis: row[axis] for axis in varies})}": row[table.metric] for row in table.rows if varies}
     also = [name for name, value in table.rows[0].items() if isinstance(value, float) and name not in (table.metric, "error", *table.axes)]

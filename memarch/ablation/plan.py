@@ -8,6 +8,7 @@ grid:                               every combination
   optim.lr: [3e-3, 1e-2]
 seeds: 3                            0, 1, 2; or a list
 metric: val/accuracy                a column of metrics.csv, or a task of memarch.evaluation
+part: position                      of a task's answers, cut another way: by place in a text; ECLMF.y_held_out is one column of fidelity's ECLMF
 x: optim.lr                         for the figure: what runs along it (also state_bytes or parameters),
 group: variant                      and what its lines are; family: what stands before " / " in a variant's name
 """
@@ -30,7 +31,7 @@ from memarch.arguments import SEEDS, TREES, read
 from memarch.config import ConfigError, allowed, decode, digest, encode, override, require
 from memarch.evaluation import make_task
 from memarch.evaluation.size import state_size
-from memarch.evaluation.table import Row
+from memarch.evaluation.table import Row, Table
 from memarch.models.lm import LM, LMConfig
 from memarch.models.presets import preset
 from memarch.optim import OptimConfig
@@ -47,6 +48,7 @@ class AblationConfig:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     seeds: int | tuple[int, ...] = 1
     metric: str | dict[str, Any] = "val/loss"
+    part: str | None = None
     x: str | None = None
     group: str | None = None
 
@@ -57,6 +59,8 @@ class AblationConfig:
             require(len(values) > 0, f"grid.{path} is empty: give at least one value.")
         good = isinstance(self.metric, dict) or re.match(r"(val|train)/.", self.metric)
         require(bool(good), f"metric {self.metric!r} must be a column of metrics.csv such as val/loss or val/accuracy, or a task such as {{kind: mqar}}.")
+        require(self.part is None or isinstance(self.metric, dict), f"part {self.part!r} is a part of what a task answers; metric {self.metric!r} is none.")
+        self.axes()
         for hint, more in (("x", COSTS), ("group", ("family",))):
             name, known = getattr(self, hint), [*self.dimensions(), *more]
             require(name is None or name in known, f"{hint}: {allowed('dimension', name, known)}")
@@ -70,8 +74,27 @@ class AblationConfig:
 
     def dimensions(self) -> list[str]:
         """What results differ in: the variant, the grid, and the grid of the evaluation."""
+        return [*(["variant"] if self.set else []), *self.grid, *self.axes()]
+
+    def axes(self) -> tuple[str, ...]:
+        """What the cells of the evaluation differ in."""
         task = self.task()
-        return [*(["variant"] if self.set else []), *self.grid, *(task.grid if task else [])]
+        if task is None or self.part is None:
+            return () if task is None else tuple(task.grid)
+        known, name = getattr(task, "parts", {}), self.part.partition(".")[0]
+        require(bool(known), f"part {self.part!r}: {task.kind} answers in cells only; leave part out.")
+        require(name in known, f"part: {allowed('part', name, known)}")
+        axes: tuple[str, ...] = known[name]
+        return axes
+
+    def column(self) -> str:
+        """What is measured."""
+        task, named = self.task(), (self.part or "").partition(".")[2]
+        return str(self.metric) if task is None else named or task.metric
+
+    def cells(self, table: Table) -> Table:
+        """Of what an evaluation answered, the cells that are asked for."""
+        return table if self.part is None else table.part(self.part.partition(".")[0], self.axes(), self.part.partition(".")[2])
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ def metrics(plan: Plan, rows: Iterable[Row]) -> list[str]:
 
 
 def metric_name(plan: Plan) -> str:
-    task = plan.config.task()
-    return task.metric if task else str(plan.config.metric)
+    return plan.config.column()
 
 
 def table(plan: Plan, done: Sequence[Row]) -> list[Row]:
@@ -81,9 +80,8 @@ def table(plan: Plan, done: Sequence[Row]) -> list[Row]:
 
 def shown(plan: Plan, done: Sequence[Row]) -> list[dict[str, str]]:
     """The table as people read it: a row per variant and grid point, and a column per length (or whatever the evaluation's first axis is)."""
-    task = plan.config.task()
     flat = points(plan, done, all_dimensions=True)
-    across = next((name for name in (task.grid if task else ()) if len({point[name] for point in flat}) > 1), None)
+    across = next((name for name in plan.config.axes() if len({point[name] for point in flat}) > 1), None)
     varies = {name for name in flat[0] if len({point[name] for point in flat}) > 1}
     places = [name for name in flat[0] if name in varies - {across, "value"}] or ["variant"]
     groups: dict[tuple[Any, ...], list[Row]] = {}

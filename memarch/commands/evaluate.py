@@ -16,7 +16,7 @@ from memarch.commands import load
 from memarch.commands.screen import console, working
 from memarch.config import ConfigError, allowed
 
-DECIDED_BY_DATA = ("vocab_size", "filler", "power", "needles", "value_len", "facts", "asked", "key_length", "world", "sets")
+DECIDED_BY_DATA = ("vocab_size", "filler", "power", "needles", "value_len", "facts", "asked", "key_length", "world", "sets", "every", "noise")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from memarch.data.batch import Batch, Source
 from memarch.data.copying import Copy
 from memarch.data.draw import SPLITS, split_of, split_seed
 from memarch.data.facts import Facts
+from memarch.data.inertial import Inertial
 from memarch.data.mqar import MQAR
 from memarch.data.needle import Needle
 from memarch.data.order import Steps, share
@@ -14,7 +15,7 @@ from memarch.data.selective_copy import SelectiveCopy
 from memarch.data.shards import Shards
 from memarch.data.text import Text
 
-DataConfig = MQAR | Copy | SelectiveCopy | Needle | Facts | Text | Shards
+DataConfig = MQAR | Copy | SelectiveCopy | Needle | Facts | Inertial | Text | Shards
 
 DATA: dict[str, type] = {
     "mqar": MQAR,
@@ -22,6 +23,7 @@ DATA: dict[str, type] = {
     "selective_copy": SelectiveCopy,
     "needle": Needle,
     "facts": Facts,
+    "inertial": Inertial,
     "text": Text,
     "shards": Shards,
 }
@@ -34,6 +36,7 @@ __all__ = [
     "Copy",
     "DataConfig",
     "Facts",
+    "Inertial",
     "Needle",
     "SelectiveCopy",
     "Shards",

@@ -15,7 +15,8 @@ class Batch(NamedTuple):
     """Every tensor has the row as its dim 0, so a batch can be moved, sliced and pinned without knowing what it is about.
 
     `targets[b, t]` is what the output at position t must predict: the shift by one, where a task has one, is already done, and nobody
-    shifts again. Token tasks hold int64; a continuous task may put floats [B, T, C] into tokens and targets."""
+    shifts again. Token tasks hold int64. A continuous task holds floats: tokens [B, T, inputs], targets [B, T, outputs], and NaN is to them what
+    -100 is to tokens: a position with a NaN in it is not scored."""
 
     tokens: Tensor  # [B, T]
     targets: Tensor  # [B, T]; -100 is not scored

@@ -1,4 +1,5 @@
-"""What a trained model can do: recall over length and age, copying, the needle, facts in weights, text. Every task is a config; every answer is a Table.
+"""What a trained model can do: recall over length and age, copying, the needle, facts in weights, text, velocity from an inertial sensor. Every task
+is a config; every answer is a Table.
 
     from memarch.evaluation import evaluate
     table = evaluate(model, "mqar", lengths=(64, 512), pairs=(4, 8), filler="zero")
@@ -16,10 +17,12 @@ from typing import Any, Union
 import torch
 
 from memarch.config import ConfigError, allowed, decode, digest, encode
-from memarch.data import MQAR, Copy, Facts, Needle, SelectiveCopy
+from memarch.data import MQAR, Copy, Facts, Inertial, Needle, SelectiveCopy
 from memarch.data.packed import Packed
 from memarch.evaluation.age import AgeTask
 from memarch.evaluation.facts import FactsTask
+from memarch.evaluation.fidelity import Fidelity
+from memarch.evaluation.inertial import InertialTask
 from memarch.evaluation.perplexity import TextTask
 from memarch.evaluation.recall import CopyTask, MQARTask, NeedleTask, SelectiveCopyTask
 from memarch.evaluation.table import Advance, Estimate, Table, estimate
@@ -31,8 +34,11 @@ TASKS = {
     "needle": NeedleTask,
     "age": AgeTask,
     "facts": FactsTask,
+    "inertial": InertialTask,
     "text": TextTask,
 }
+
+KINDS = TASKS | {"fidelity": Fidelity}  # `memarch inspect fidelity` asks a model for this one; in an ablation it is a metric like the others
 
 TaskConfig: Any = Union[tuple(TASKS.values())]
 
@@ -42,6 +48,7 @@ __all__ = [
     "CopyTask",
     "Estimate",
     "FactsTask",
+    "InertialTask",
     "MQARTask",
     "NeedleTask",
     "SelectiveCopyTask",
@@ -61,9 +68,9 @@ def make_task(task: Any, **fields: Any) -> Any:
         task = {"kind": task}
     if isinstance(task, Mapping):
         kind = task.get("kind")
-        if kind not in TASKS:
-            raise ConfigError(allowed("task", kind, TASKS))
-        return decode(TASKS[kind], {**task, **fields}, str(kind))
+        if kind not in KINDS:
+            raise ConfigError(allowed("task", kind, KINDS))
+        return decode(KINDS[kind], {**task, **fields}, str(kind))
     return decode(type(task), {**encode(task), **fields}, task.kind) if fields else task
 
 
@@ -75,8 +82,9 @@ def evaluate(
     batch_size and chunk (tokens fed per call, the state carried between) decide speed and memory, and no number.
     progress: called with the work done since the last call, in units of `work(model, task)`."""
     task = make_task(task, **fields)
-    if model.config.embed != "tokens" or model.config.head != "tokens":
-        raise ConfigError(f"this model maps {model.config.embed} inputs to a {model.config.head} output; every task here asks a model from tokens to tokens.")
+    given, asks = (model.config.embed, model.config.head), ("linear", "regression") if isinstance(task, InertialTask) else ("tokens", "tokens")
+    if given != asks:
+        raise ConfigError(f"this model goes from embed {given[0]!r} to head {given[1]!r}; {task.kind} asks a model from {asks[0]!r} to {asks[1]!r}.")
     table: Table = task.run(model, batch_size, chunk, progress or (lambda _: None))
     weight = next(model.parameters())
     about = {
@@ -109,6 +117,8 @@ def like(source: Any) -> Any:
         return FactsTask(
             facts=source.facts, asked=source.asked, key_length=source.key_length, world=source.world, sets=source.sets, vocab_size=source.vocab_size
         )
+    if isinstance(source, Inertial):
+        return InertialTask(lengths=tuple(source.length * n for n in (1, 2, 4)), every=source.every, noise=source.noise)
     if isinstance(source, Packed):
         return TextTask(path=getattr(source, "path", None))
     raise ConfigError(f"no task asks for what {type(source).__name__} trains. Tasks: {', '.join(TASKS)}.")

@@ -56,6 +56,8 @@ class Fidelity:
     ridge: float = 1e-4
 
     metric: ClassVar[str] = "ETMF"
+    grid: ClassVar[dict[str, str]] = {"distance": "distances"}
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {"ECLMF": ("gap",), "blocks": ("block", "gap")}
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, f"tokens = {self.tokens}: must be at least 1.")
@@ -85,6 +87,8 @@ class Fidelity:
     def run(self, model: Any, batch_size: int | None, chunk: int | None, advance: Advance) -> Table:
         has, knows = self.data.vocab_size, model.config.vocab_size
         require(has <= knows, f"{self.data.kind}: the data has {has} different tokens and the model knows {knows}: give other data.")
+        every = model.backbone.every
+        require(every == 1, f"fidelity asks what the blocks make of every token; in this model they read one vector for {every} tokens.")
         stream, layers = self.stream(), len(model.core.blocks)
         pieces = self.pieces(stream)
         middle = (pieces[-1].begin + pieces[-1].size) // 2

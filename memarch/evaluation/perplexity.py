@@ -40,6 +40,7 @@ class TextTask:
 
     metric: ClassVar[str] = "bits_per_token"
     grid: ClassVar[dict[str, str]] = {"context": "context"}
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {"position": ("position",)}
 
     def __post_init__(self) -> None:
         require(self.tokens is None or self.tokens >= 1, f"tokens = {self.tokens}: must be at least 1, or null for all.")

@@ -51,6 +51,7 @@ UNITS = {
     "accuracy": "accuracy",
     "bits_per_byte": "bits per byte",
     "bits_per_token": "bits per token",
+    "nmse": "squared error / variance",
     "val/accuracy": "validation accuracy",
     "val/loss": "validation loss (nats per token)",
     "val/bits": "validation bits per token",
@@ -254,7 +255,17 @@ def fidelity(table: Table) -> Figure:
     return fig
 
 
-FIGURES = {"mqar": recall, "copy": recall, "selective_copy": recall, "needle": heat, "age": ages, "facts": bars, "text": position, "fidelity": fidelity}
+FIGURES = {
+    "mqar": recall,
+    "copy": recall,
+    "selective_copy": recall,
+    "needle": heat,
+    "age": ages,
+    "facts": bars,
+    "inertial": bars,
+    "text": position,
+    "fidelity": fidelity,
+}
 
 
 def draw(table: Table) -> Figure:

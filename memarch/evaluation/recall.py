@@ -34,6 +34,11 @@ class RecallTask:
         for field in self.grid.values():
             require(len(getattr(self, field)) > 0, f"{field} is empty: give at least one value.")
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What the cells of a part differ in."""
+        return {"gap": (*self.grid, "gap")}
+
     def source(self, vocab_size: int, **settings: Any) -> Source:
         """The generator of one cell; a ConfigError says why the cell cannot be."""
         raise NotImplementedError

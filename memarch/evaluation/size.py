@@ -26,9 +26,9 @@ def state_size(model: Any) -> StateSize:
     empty, bound = nbytes(start), mixer.grows()
     if bound == 0:
         return StateSize(empty, 0)
-    one = after(1)
+    one = after(mixer.every)
     if bound is None:
-        return StateSize(empty, one - empty)
+        return StateSize(empty, (one - empty) // mixer.every)
     return StateSize(empty if one == empty else max(one, after(max(1, bound - 1))), 0)
 
 

@@ -61,6 +61,13 @@ class Table:
         """The mean over cells, each counting the same."""
         return sum(row[self.metric] for row in self.rows) / len(self.rows)
 
+    def part(self, name: str, axes: tuple[str, ...], metric: str = "") -> "Table":
+        """The cells of a part as a table of their own."""
+        rows, metric = self.parts.get(name, ()), metric or self.metric
+        if not rows or metric not in rows[0]:
+            raise ValueError(f"{self.task} answered no {metric} by {name}. " + " ".join(self.skipped))
+        return Table(self.task, metric, axes, rows)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "task": self.task,

@@ -10,9 +10,11 @@ from memarch.layers.cross_attention import CrossAttention, CrossAttentionConfig
 from memarch.layers.delta_net import DeltaNet, DeltaNetConfig
 from memarch.layers.gated_delta import GatedDelta, GatedDeltaConfig
 from memarch.layers.gla import GLA, GLAConfig
+from memarch.layers.gmu import GMU, GMUConfig
 from memarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from memarch.layers.mamba import Mamba, MambaConfig
 from memarch.layers.mamba2 import Mamba2, Mamba2Config
+from memarch.layers.memmamba import MemMamba, MemMambaConfig
 from memarch.layers.memory_former import MemoryFormer, MemoryFormerConfig
 from memarch.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from memarch.layers.moe import MoE, MoEConfig
@@ -39,9 +41,11 @@ MIXERS = {
     "delta_net": DeltaNetConfig,
     "gated_delta": GatedDeltaConfig,
     "gla": GLAConfig,
+    "gmu": GMUConfig,
     "linear_attention": LinearAttentionConfig,
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
+    "memmamba": MemMambaConfig,
     "mom": MoMConfig,
     "retnet": RetNetConfig,
     "short_conv": ShortConvConfig,
@@ -68,6 +72,7 @@ ChannelConfig: Any = Union[tuple(CHANNELS.values())]
 __all__ = [
     "CHANNELS",
     "GLA",
+    "GMU",
     "MIXERS",
     "PEER",
     "PKM",
@@ -85,6 +90,7 @@ __all__ = [
     "DeltaNet",
     "DeltaNetConfig",
     "GLAConfig",
+    "GMUConfig",
     "GatedDelta",
     "GatedDeltaConfig",
     "LinearAttention",
@@ -93,6 +99,8 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MambaConfig",
+    "MemMamba",
+    "MemMambaConfig",
     "MemoryFormer",
     "MemoryFormerConfig",
     "MemoryPlus",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, last
 from memarch.kernels.attention import attention
 from memarch.layers.parts import Linear, RMSNorm, ShortConv
 from memarch.layers.parts.history import newest
@@ -98,6 +98,13 @@ class SharedKV(NamedTuple):
     qpos: Tensor  # [B, T]
     window: int | None
 
+    def last(self, lengths: Tensor | None) -> "SharedKV":
+        size, T = self.k.shape[1], self.qpos.shape[1]
+        qpos = last(self.qpos, lengths)
+        kpos = qpos + torch.arange(1 - size, 1, device=qpos.device)
+        k, v = (rows if lengths is None else newest(rows, size, lengths, T) for rows in (self.k, self.v))
+        return SharedKV(k, v, kpos, qpos, self.window)
+
 
 def alibi_slopes(heads: int) -> list[float]:
     """Geometric from 2^(-8/n); for n not a power of two the odd members of the next power fill up, as published."""
@@ -146,6 +153,19 @@ class Attention(SequenceMixer):
         return AttentionState(new(batch, n, *kv), new(batch, n, *kv), pos, tail, new(batch, self.cfg.prefix, *kv), new(batch, self.cfg.prefix, *kv))
 
     def forward(self, x: Tensor, state: AttentionState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        q, kv, new = self._project(x, state, lengths)
+        o = self._attend(q, kv, new, None if state is None else state.pos)
+        return Mixed(o, new, note={"kv": kv} if self.cfg.share else EMPTY)
+
+    def last(self, x: Tensor, state: AttentionState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        """One query a row, so the time is linear in the prompt."""
+        q, kv, new = self._project(x, state, lengths)
+        seen = kv.last(lengths)
+        o = self._attend(last(q, lengths), seen, new, seen.qpos[:, 0])
+        return Mixed(o, new, note={"kv": kv} if self.cfg.share else EMPTY)
+
+    def _project(self, x: Tensor, state: AttentionState | None, lengths: Tensor | None) -> tuple[Tensor, SharedKV, AttentionState]:
+        """Queries of this call, all keys and values they may see, and the state behind it."""
         B, T, _ = x.shape
         cfg, dtype = self.cfg, self.out.weight.dtype
         aligned = state is None
@@ -160,30 +180,27 @@ class Attention(SequenceMixer):
         qpos = state.pos[:, None] + torch.arange(T, device=x.device)  # [B, T]
         if cfg.positions == "rope":
             q, k = rotate(q, qpos, cfg.rope_base), rotate(k, qpos, cfg.rope_base)
-        first = self._first(state, k, v, qpos, lengths)
-        keys, values = k, v
+        first = self._first(state, k, v, qpos, lengths) or (state.first_k, state.first_v)
         if not aligned and state.k.shape[1]:
-            keys, values = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)  # [B, n + T, G, K]
-        o = attention(
-            q,
-            keys,
-            values,
-            pos=None if aligned else state.pos,
-            window=cfg.window,
-            sink=None if first is None else (first[0].to(k.dtype), first[1].to(v.dtype)),
-            slopes=torch.tensor(alibi_slopes(self.heads), device=x.device) if cfg.positions == "alibi" else None,
-        )
-        size = keys.shape[1]
+            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)  # [B, n + T, G, K]
+        size = k.shape[1]
         kept = size if cfg.window is None else cfg.window - 1
         seen = state.pos + (T if lengths is None else lengths)
-        new = AttentionState(
-            newest(keys, kept, lengths, T).to(dtype), newest(values, kept, lengths, T).to(dtype), seen, tail, *(first or (state.first_k, state.first_v))
+        new = AttentionState(newest(k, kept, lengths, T).to(dtype), newest(v, kept, lengths, T).to(dtype), seen, tail, *first)
+        kpos = state.pos[:, None] + torch.arange(T - size, T, device=x.device)
+        return q, SharedKV(k, v, kpos, qpos, cfg.window), new
+
+    def _attend(self, q: Tensor, kv: SharedKV, new: AttentionState, pos: Tensor | None) -> Tensor:
+        o = attention(
+            q,
+            kv.k,
+            kv.v,
+            pos=pos,
+            window=kv.window,
+            sink=(new.first_k.to(q.dtype), new.first_v.to(kv.v.dtype)) if self.cfg.prefix else None,
+            slopes=torch.tensor(alibi_slopes(self.heads), device=q.device) if self.cfg.positions == "alibi" else None,
         )
-        note = EMPTY
-        if cfg.share:
-            kpos = state.pos[:, None] + torch.arange(T - size, T, device=x.device)
-            note = {"kv": SharedKV(keys, values, kpos, qpos, cfg.window)}
-        return Mixed(self.out(o.flatten(2)), new, note=note)
+        return self.out(o.flatten(2))
 
     def _first(self, state: AttentionState, k: Tensor, v: Tensor, qpos: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The always-visible rows, filled as far as this call reaches: slot s is token s - pos of the call, when that is a real one."""

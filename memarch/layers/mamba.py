@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
-from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
+from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, last
 from memarch.kernels.selective_scan import selective_scan
 from memarch.kernels.selective_scan.torch_impl import LONGEST
 from memarch.layers.parts import Linear, ShortConv
@@ -38,6 +38,7 @@ class MambaConfig(LayerConfig):
     step: tuple[float, float] = STEP  # dt at init is log-uniform in here,
     floor: float = 1e-4  # and at least this
     init: Literal["standard", "recall"] = "standard"
+    share: tuple[Literal["readout", "step"], ...] = ()  # notes to post: what the scan reads, before the gate, and how much of a token is written
 
     paper: ClassVar[str] = "Gu & Dao 2023, arXiv 2312.00752"
 
@@ -65,7 +66,11 @@ class MambaConfig(LayerConfig):
 
     @classmethod
     def examples(cls) -> list[LayerConfig]:
-        return [cls(state=5), cls(state=3, conv=2, expand=3, rank=2, bias=True, conv_bias=False, step=(1e-2, 1.0), floor=0.05, init="recall")]
+        return [
+            cls(state=5),
+            cls(state=3, conv=2, expand=3, rank=2, bias=True, conv_bias=False, step=(1e-2, 1.0), floor=0.05, init="recall", share=("readout",)),
+            cls(state=2, share=("readout", "step")),
+        ]
 
 
 class MambaState(NamedTuple):
@@ -73,10 +78,26 @@ class MambaState(NamedTuple):
     tail: Tensor  # [B, conv - 1, E]
 
 
+class Readout(NamedTuple):
+    """What the scan of one layer reads, for a gated memory unit above."""
+
+    y: Tensor  # [B, T, E]
+
+    def last(self, lengths: Tensor | None) -> "Readout":
+        return Readout(last(self.y, lengths))
+
+
+class Step(NamedTuple):
+    """How large the step of one layer is on average over its channels."""
+
+    dt: Tensor  # [B, T]
+
+
 class Mamba(SequenceMixer):
     def __init__(self, cfg: MambaConfig, dim: int):
         super().__init__()
         self.cfg, wide, rank = cfg, cfg.expand * dim, cfg.ranks(dim)
+        self.writes = cfg.share
         self.sizes = [rank, cfg.state, cfg.state]  # p, B, C
         self.into = Linear(dim, 2 * wide, cfg.bias)  # x, z
         self.conv = ShortConv(wide, cfg.conv, cfg.conv_bias)
@@ -130,9 +151,16 @@ class Mamba(SequenceMixer):
         x = F.silu(x)
         p, B, C = self.select(x).split(self.sizes, -1)
         wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(F.linear(p, self.dt.weight).to(wide) + self.dt.bias.to(wide))  # [B, T, E]
-        y, memory = selective_scan(x, dt, -self.A_log.to(wide).exp(), B, C, self.D, z, memory, lengths=lengths)
-        return Mixed(self.out(y), MambaState(memory, tail))
+        dt = F.softplus(F.linear(p, self.dt.weight).to(wide) + self.dt.bias)  # [B, T, E]
+        shared = "readout" in self.cfg.share
+        y, memory = selective_scan(x, dt, -self.A_log.to(wide).exp(), B, C, self.D, None if shared else z, memory, lengths=lengths)
+        notes: dict[str, Readout | Step] = {}
+        if shared:
+            notes["readout"] = Readout(y)
+            y = y * F.silu(z)
+        if "step" in self.cfg.share:
+            notes["step"] = Step(dt.mean(-1))
+        return Mixed(self.out(y), MambaState(memory, tail), note=notes)
 
 
 def uniform_(x: Tensor, fan_in: int, generator: torch.Generator) -> None:

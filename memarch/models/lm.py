@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memarch import state as states
 from memarch.config import ConfigError, allowed, initialise, require
-from memarch.contracts import EMPTY, LMOutput, LossOutput, Mixed, Notes, SequenceMixer, State, under
+from memarch.contracts import EMPTY, LMOutput, LossOutput, Mixed, Notes, SequenceMixer, State, last, under
 from memarch.layers import ChannelConfig, MixerConfig, PoolConfig, ValuePool
 from memarch.layers.parts import Linear, RMSNorm, normal_
 from memarch.models.packing import run_packed
@@ -134,20 +134,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State | None, below: Notes, lengths: Tensor | None) -> tuple[Mixed, Tensor]:
         """The block's answer, and the normalised input of its feed-forward, which branches read."""
-        aux: dict[str, Tensor] = {}
-        new: State = ()
-        note: Mapping[str, Any] = EMPTY
-        if self.mixer is not None:
-            h = self.mixer(self.norm1(x), state, below=below, lengths=lengths)
-            x, new, note = x + h.y, h.state, h.note
-            aux |= under("mixer", h.aux)
-        z = x
+        if self.mixer is None:
+            return self._feed(x, Mixed(x, ()))
+        h = self.mixer(self.norm1(x), state, below=below, lengths=lengths)
+        return self._feed(x + h.y, h)
+
+    def last(self, x: Tensor, state: State | None, below: Notes, lengths: Tensor | None) -> tuple[Mixed, Tensor]:
+        """The same of each row's last token."""
+        if self.mixer is None:
+            return self._feed(last(x, lengths), Mixed(x, ()))
+        h = self.mixer.last(self.norm1(x), state, below=below, lengths=lengths)
+        return self._feed(last(x, lengths) + h.y, h)
+
+    def _feed(self, x: Tensor, h: Mixed) -> tuple[Mixed, Tensor]:
+        aux, z = under("mixer", h.aux), x
         if self.ffn is not None:
             z = self.norm2(x)
             fed = self.ffn(z)
             x = x + fed.y
             aux |= under("ffn", fed.aux)
-        return Mixed(x, new, aux, note), z
+        return Mixed(x, h.state, aux, h.note), z
 
 
 class Backbone(SequenceMixer):
@@ -188,17 +194,35 @@ class Backbone(SequenceMixer):
         return tuple(block.start(batch) for block in self.blocks)
 
     def forward(self, x: Tensor, state: State | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        return self._run(x, state, below, lengths)
+
+    def last(self, x: Tensor, state: State | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
+        """A mixer without a state looks at one position, of x and of its notes, as a feed-forward does; so from the last mixer on that has a state each
+        row goes on with one token."""
+        stateful = (i for i in reversed(range(len(self.blocks))) if states.rows(self.blocks[i].start(1)) is not None)
+        return self._run(x, state, below, lengths, top=next(stateful, 0))
+
+    def _run(self, x: Tensor, state: State | None, below: Notes, lengths: Tensor | None, top: int | None = None) -> Mixed:
+        """top: the last block that is asked with all tokens; None for all of them."""
         notes = dict(below)
         aux: dict[str, Tensor] = {}
         new, outputs = [], []
         pending: dict[int, list[Tensor]] = {}
         for i, block in enumerate(self.blocks):
             given = None if state is None else state[i]
+            run = block.last if i == top else block
             if self.recompute and torch.is_grad_enabled():
-                h, z = checkpoint(block, x, given, notes, lengths, use_reentrant=False)
+                h, z = checkpoint(run, x, given, notes, lengths, use_reentrant=False)
             else:
-                h, z = block(x, given, notes, lengths)
+                h, z = run(x, given, notes, lengths)
             x = h.y
+            for name, note in h.note.items():
+                notes = {**notes, name: (*notes.get(name, ()), note)}
+            if i == top:
+                needed = {name for above in self.blocks[i + 1 :] for name in getattr(above.mixer, "reads", ())}
+                notes = {name: tuple(note.last(lengths) for note in notes[name]) for name in needed}
+                pending = {adds: [last(y, lengths) for y in ys] for adds, ys in pending.items()}
+                lengths = None
             for b, (branch, layer) in enumerate(zip(self.cfg.branches, self.branches, strict=True)):
                 if branch.reads == i:
                     fed = layer(z)
@@ -208,8 +232,6 @@ class Backbone(SequenceMixer):
                 x = x + y
             new.append(h.state)
             aux |= under(f"blocks.{i}", h.aux)
-            for name, note in h.note.items():
-                notes = {**notes, name: (*notes.get(name, ()), note)}
             outputs.append(x)
         return Mixed(self.norm(x), tuple(new), aux, {"trace": tuple(outputs)} if self.cfg.trace else EMPTY)
 
@@ -297,13 +319,25 @@ class LM(nn.Module):
         h = self.features(tokens, state, starts=starts, lengths=lengths)
         return LMOutput(self.head(h.y), h.state, h.aux)
 
+    def prefill(self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None) -> LMOutput:
+        """`forward` of a prompt: the same state, and the logits [B, 1, V] of each row's last real token (of a row without one they mean nothing). What
+        lies above the last memory runs for that token alone: of SambaY and YOCO half of the blocks. No aux, which would speak of those tokens."""
+        if not torch.compiler.is_compiling():
+            self._check(tokens, state, lengths)
+        x = self.embed(tokens)
+        h = self.backbone.last(x, state, lengths=lengths)
+        return LMOutput(self.head(h.y), h.state)
+
     def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None, *, starts: Tensor | None = None, lengths: Tensor | None = None) -> LossOutput:
-        """Sums over the targets that are not -100. Head and cross entropy run over pieces, so the logits of a long batch never exist at once."""
+        """Sums over the targets that are not -100 or, in a regression, hold no NaN. Head and cross entropy run over pieces, so the logits of a long batch
+        never exist at once."""
         h = self.features(tokens, state, starts=starts, lengths=lengths)
         if self.config.head == "regression":
-            error = (self.head(h.y) - targets).square().mean(-1)
-            real = torch.ones_like(error) if lengths is None else torch.arange(error.shape[1], device=error.device) < lengths[:, None]
-            return LossOutput((error * real).sum(), real.new_zeros(()), real.sum(), h.state, h.aux)
+            asked = ~targets.isnan().any(-1)  # [B, T]
+            if lengths is not None:
+                asked &= torch.arange(asked.shape[1], device=asked.device) < lengths[:, None]
+            error = (self.head(h.y) - targets.nan_to_num()).square().mean(-1)
+            return LossOutput(torch.where(asked, error, 0).sum(), error.new_zeros(()), asked.sum(), h.state, h.aux)
         y, flat = h.y.flatten(0, 1), targets.flatten()
         rows = max(256, LOGITS // self.config.vocab_size)
         pieces = list(zip(y.split(rows), flat.split(rows), strict=True))

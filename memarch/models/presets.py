@@ -24,17 +24,20 @@ class Preset:
 
 
 SWIGLU = {"kind": "swiglu"}
+NOTES = {"kind": "memmamba", "share": True}
 TINY = {"vocab_size": 256, "dim": 64, "layers": 2, "tie": True}
 GDN = "Yang et al. 2024, arXiv 2412.06464"
 MOM = "Du et al. 2025, arXiv 2502.13685"
 BASED = "Arora et al. 2024, arXiv 2402.18668"
 MAMBA = "Gu & Dao 2023, arXiv 2312.00752"
 MAMBA2 = "Dao & Gu 2024, arXiv 2405.21060"
+MEMMAMBA = "Wang et al. 2025, arXiv 2510.03279"
 PKM = "Lample et al. 2019, arXiv 1907.05242"
 PEER = "He 2024, arXiv 2407.04153"
 MEMORY_PLUS = "Berges et al. 2024, arXiv 2412.09764"
 ULTRAMEM = "Huang et al. 2025, arXiv 2411.12364"
 ULTRAMEM_V2 = "Huang et al. 2025, arXiv 2508.18756"
+SAMBAY = "Ren et al. 2025, arXiv 2507.06607"
 TITANS = "Behrouz et al. 2024, arXiv 2501.00663"
 TRANSFORMER = "Vaswani et al. 2017, arXiv 1706.03762"
 
@@ -55,6 +58,24 @@ def based(dim: int, layers: int, memories: tuple[int, ...]) -> dict[str, Any]:
     }
     pattern = "".join("B" if i in memories else "W" if i - 1 in memories else "C" for i in range(layers))
     return {"vocab_size": 50264, "dim": dim, "layers": layers, "pattern": pattern, "parts": parts, "tie": True, "norm_eps": 1e-5}
+
+
+def sambay(dim: int, layers: int, heads: int, groups: int, window: int, head_dim: int | None = None, **more: Any) -> dict[str, Any]:
+    """Half of the blocks remember, Mamba and a window by turns. The two after them do too, and leave a readout and all keys and values, which the other
+    blocks read by turns. There are no positions."""
+    queries = {"heads": heads, "head_dim": head_dim, "positions": "none"}
+    keys = {"kind": "attention", "groups": groups, **queries}
+    mixers = {
+        "M": {"kind": "mamba"},
+        "W": {**keys, "window": window},
+        "S": {"kind": "mamba", "share": ["readout"]},
+        "F": {**keys, "share": True},
+        "G": {"kind": "gmu"},
+        "X": {"kind": "cross_attention", **queries},
+    }
+    pattern = "MW" * (layers // 4) + "SF" + "GX" * (layers // 4 - 1)
+    parts = {letter: {"mixer": mixer, "ffn": {**SWIGLU, "hidden": 4 * dim}} for letter, mixer in mixers.items()}
+    return {"dim": dim, "layers": layers, "pattern": pattern, "parts": parts, **more}
 
 
 def mom(dim: int, hidden: int, tie: bool) -> dict[str, Any]:
@@ -126,6 +147,17 @@ PRESETS: dict[str, Preset] = {
     "linear-attention-tiny": Preset("linear", "Katharopoulos et al. 2020, arXiv 2006.16236", None, tiny({"kind": "linear_attention", "heads": 2})),
     "gla-tiny": Preset("linear", "Yang et al. 2023, arXiv 2312.06635", None, tiny({"kind": "gla", "heads": 2})),
     "mamba-tiny": Preset("linear", MAMBA, None, tiny({"kind": "mamba"})),
+    "memmamba-tiny": Preset(
+        "linear",
+        MEMMAMBA,
+        "mamba-tiny",
+        {
+            "layers": 3,
+            "pattern": "MMN",
+            "parts.M.mixer": {**NOTES, "window": 8, "slots": 4, "note": 16},
+            "parts.N": {"mixer": {**NOTES, "window": 8, "slots": 4, "note": 16, "reach": 2}, "ffn": {**SWIGLU, "hidden": 128}},
+        },
+    ),
     "mamba2-tiny": Preset("linear", MAMBA2, None, tiny({"kind": "mamba2", "state": 32, "head_dim": 32})),
     "mom-tiny": Preset("linear", MOM, None, tiny({"kind": "mom", "inner": {"kind": "gated_delta", "heads": 2}})),
     "hybrid-tiny": Preset(
@@ -160,6 +192,13 @@ PRESETS: dict[str, Preset] = {
             "parts.C": {"mixer": {"kind": "cross_attention", "heads": 2}, "ffn": {**SWIGLU, "hidden": 128}},
         },
     ),
+    "gmu-tiny": Preset(
+        "hybrid",
+        SAMBAY,
+        "mamba-tiny",
+        {"pattern": "MG", "parts.M.mixer.share": ["readout"], "parts.G": {"mixer": {"kind": "gmu"}, "ffn": {**SWIGLU, "hidden": 128}}},
+    ),
+    "sambay-tiny": Preset("hybrid", SAMBAY, None, sambay(64, 8, 2, 1, 16, vocab_size=256, tie=True)),
     "memory-former-tiny": Preset("memory", "Ding et al. 2024, arXiv 2411.12992", "hybrid-tiny", {"parts.W.ffn": {"kind": "memory_former", "bits": 4}}),
     "memory-plus-tiny": Preset(
         "memory",
@@ -204,6 +243,7 @@ PRESETS: dict[str, Preset] = {
     "titans-mac-tiny": Preset("neural", TITANS, None, tiny(titans("mac", 2, 16, 32, 4))),
     "titans-mag-tiny": Preset("neural", TITANS, None, tiny(titans("mag", 2, 16, 16, 4))),
     "titans-mal-tiny": Preset("neural", TITANS, None, tiny(titans("mal", 2, 16, 16, 4))),
+    "hiss-tiny": Preset("segment", "Bhirangi et al. 2024, arXiv 2402.10211", "mamba-tiny", {"wrap": [{"kind": "hiss", "chunk": 4}]}),
     "rmt-tiny": Preset("segment", "Bulatov et al. 2022, arXiv 2207.06881", "transformer-tiny", {"wrap": [{"kind": "rmt", "segment": 32, "memory": 4}]}),
     "transformer-160m": Preset(
         "attention",
@@ -219,8 +259,15 @@ PRESETS: dict[str, Preset] = {
         f"mamba-{size.lower()}": Preset("linear", MAMBA, None, model(50280, dim, layers, {"kind": "mamba"}, None, norm_eps=1e-5), size)
         for size, dim, layers in (("130M", 768, 24), ("370M", 1024, 48), ("790M", 1536, 48), ("1.4B", 2048, 48), ("2.8B", 2560, 64))
     },
+    # "200M" in the paper, whose maps have no stated widths. With alpha 0 it starts as mamba-130m.
+    "memmamba-130m": Preset("linear", MEMMAMBA, "mamba-130m", {"pattern": "MMMN", "parts.M.mixer": NOTES, "parts.N": {"mixer": {**NOTES, "reach": 4}}}),
     "mamba2-130m": Preset("linear", MAMBA2, None, model(50288, 768, 24, {"kind": "mamba2"}, None, norm_eps=1e-5), "130M"),
     "mamba2-1.3b": Preset("linear", MAMBA2, None, model(50288, 2048, 48, {"kind": "mamba2"}, None, norm_eps=1e-5), "1.3B"),
+    # The shapes of the authors' scaling runs (microsoft/ArchScale). Phi-4-mini-flash is not here: it has differential attention, LayerNorm and biases.
+    **{
+        f"sambay-d{n}": Preset("hybrid", SAMBAY, None, sambay(124 * n, n, n, n // 4, 128, head_dim=128, vocab_size=32000, tie=False, norm_eps=1e-5))
+        for n in (8, 12, 16, 20, 24)
+    },
     "mom-380m": Preset("linear", MOM, None, mom(1024, 2048, tie=True), "0.5B"),  # the model card; the paper's 444M is not what its config adds up to
     "mom-1.3b": Preset("linear", MOM, None, mom(2048, 5632, tie=False), "1.62B"),
     # The paper prints totals and nothing else. Widths, depths and the 16 heads are those of the same authors' later tables (2504.13173; 400M has none and is

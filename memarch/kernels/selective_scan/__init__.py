@@ -40,6 +40,7 @@ ORDER = (
     ("cpp", "C++: decays are used where they are made, a tile of channels at a time"),
     ("torch", "in chunks, time first, with a hand-written backward: the product path without a GPU"),
 )
+STEP = Choice("torch", "one token is the same step in all implementations")  # and asking which can run takes as long as the step
 WIDEST = 256  # states of a channel that mamba-ssm and our Triton take
 
 
@@ -89,8 +90,15 @@ def selective_scan(
 
     Tokens at t >= lengths[r] change nothing, and their outputs are zero."""
     _check(x, dt, A, B, C, D, z, state, lengths)
-    here, shape = machine(x.device.type), (x.device.type, x.dtype, A.shape[1], state is None)
-    name = settle("selective_scan", IMPLEMENTATIONS, impl, lambda n: why_not(n, *shape, native.buildable(here)), lambda: pick(*shape, here))
+    shape = x.device.type, x.dtype, A.shape[1], state is None
+
+    def cannot(name: str) -> str | None:
+        return why_not(name, *shape, native.buildable(machine(x.device.type)))
+
+    def choice() -> Choice:
+        return STEP if x.shape[1] == 1 and x.is_floating_point() else pick(*shape, machine(x.device.type))
+
+    name = settle("selective_scan", IMPLEMENTATIONS, impl, cannot, choice)
     return IMPLEMENTATIONS[name](x, dt, A, B, C, D, z, state, lengths)
 
 

@@ -26,19 +26,19 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, z: Maybe, state: Maybe, lengths: Maybe) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence itself."""
-    dtype = wide(x)
-    given: list[Any] = [v if v is None else v.to(dtype) for v in (x, dt, B, C, z)]  # [R, 1, E or N]
+    """One token: the recurrence itself. Decoding is made of these, and of little else, so no call is made for nothing."""
+    dtype, narrow = wide(x), x.dtype
+    given: list[Any] = [x, dt, B, C, z]  # [R, 1, E or N]
     if lengths is not None:  # zeros change nothing and answer 0
         given = [v if v is None else v.masked_fill((lengths <= 0)[:, None, None], 0) for v in given]
-    x1, dt1, B1, C1, z1 = given
-    h = (dt1 * x1).mT * B1  # [R, E, N]
+    x, dt, B, C, z, A, D, state = (v if v is None or v.dtype == dtype else v.to(dtype) for v in (*given, A, D, state))
+    h = (dt * x).mT * B  # [R, E, N]
     if state is not None:
-        h = torch.addcmul(h, ((dt1 * LOG2E).mT * A.to(dtype)).exp2_(), state.to(dtype))
-    y = (h * C1).sum(-1, keepdim=True).mT
-    y = y if D is None else torch.addcmul(y, D.to(dtype), x1)
-    y = y if z1 is None else y * F.silu(z1)
-    return y.to(x.dtype), h
+        h = torch.addcmul(h, ((dt * LOG2E).mT * A).exp2_(), state)
+    y = (h * C).sum(-1, keepdim=True).mT  # autocast would have the gradients of a matrix product in bfloat16
+    y = y if D is None else torch.addcmul(y, D, x)
+    y = y if z is None else y * F.silu(z)
+    return y if narrow == dtype else y.to(narrow), h
 
 
 def define(name: str, forward: Forward, backward: Backward, span: Callable[[int, int, int], int]) -> Scan:
