@@ -4,6 +4,7 @@ One thread, process CPU time, providers interleaved (A B A B ...), median and qu
 
 import argparse
 import csv
+import math
 import os
 import platform
 import statistics
@@ -101,12 +102,13 @@ def growth(rounds: int, ops: list[str]) -> list[dict[str, Any]]:
 
     for op, at in chosen(scaling() | titans_cases.scaling() | mamba_cases.scaling(), "growing"):
         for mode in ("fwd", "fwd+bwd"):
-            best, shape = [], ""
-            for T in TOKENS:
-                shape, call, inputs = at(T)
-                once(call, inputs, mode != "fwd")
-                best.append(min(once(call, inputs, mode != "fwd") for _ in range(rounds)))
-            row(op, mode, shape, best)
+            times, shape = dict.fromkeys(TOKENS, math.inf), ""
+            for turn in range(rounds + 1):  # all lengths in every round, or the machine's drift becomes an exponent; the first round warms up
+                for T in TOKENS:
+                    shape, call, inputs = at(T)
+                    spent = once(call, inputs, mode != "fwd")
+                    times[T] = min(times[T], spent) if turn else times[T]
+            row(op, mode, shape, list(times.values()))
     layers = decoders() | titans_cases.family() | mamba_cases.family()
     for op, layer in chosen({f"{name} layer": x for name, x in layers.items()}, "decoding"):
         row(op, "one token after so many", "B=1 D=256 fp32", [decode(layer, T, rounds) for T in TOKENS])

@@ -1,5 +1,7 @@
 """The neural memory in C++: the sweep of every other implementation, and what is its own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,68 @@ def test_any_width(K, hidden, chunk):
         found.append([o, *state.weights, *state.momentum, *torch.autograd.grad(loss, given)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+GATED = {
+    "all": (0.1, 1.0, {}),
+    "as they are, no momentum": (0.1, None, {"decay_to": "zero"}),
+    "strong": (5.0, 5.0, {}),  # products of e^-160, whose gradients are as small
+    "none": (0.0, 0.0, {}),
+    "window": (0.1, 1.0, {"window": 3}),
+    "window, no momentum": (0.1, None, {"window": 30}),
+    "pull": (0.1, 1.0, {"pull": True}),
+    "pull, window, no momentum, to zero": (0.1, None, {"pull": True, "window": 3, "decay_to": "zero"}),
+}
+
+
+def gated(name: str, T: int, chunk: int, K: int, hidden: int) -> tuple[list[Tensor | None], Callable[..., list[Tensor]]]:
+    """The gates and the pull, and a function of them to all that a call gives: from inside a chunk, with rows of unequal lengths."""
+    decay, momentum, options = GATED[name]
+    (xs, memory), window = wide(K, hidden, T, B=2, H=2), options.get("window", 1)
+    gates = [10 * decay * xs[3], None if momentum is None else momentum * xs[4], xs[5], torch.rand(chunk, dtype=torch.float64) if "pull" in options else None]
+
+    def call(impl: str, log_decay: Tensor, log_momentum: Tensor | None, step: Tensor, pull: Tensor | None) -> list[Tensor]:
+        some, state, outs = memory._replace(pull=pull, decay_to=options.get("decay_to", "init")), None, []
+        tokens = [*xs[:3], log_decay, log_momentum, step]
+        for part, lengths in ((slice(0, T // 3), None), (slice(T // 3, T), torch.tensor([T - T // 3, T // 2]))):
+            given = [x if x is None else x[:, part] for x in tokens]
+            o, state = neural_memory(*given, state, memory=some, grad_point="chunk", chunk=chunk, window=window, lengths=lengths, impl=impl)
+            outs.append(o)
+        return [*outs, *state.weights, *state.momentum, *state.point]
+
+    return gates, call
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_equal_those_of_torch(name):
+    gates, call = gated(name, 70, 25, 8, 9)
+    found = []
+    for impl in ("torch", "cpp"):
+        given = [x if x is None else x.clone().requires_grad_() for x in gates]
+        outs = call(impl, *given)
+        sources = [x for x in given if x is not None]
+        found.append([*outs, *torch.autograd.grad(sum(x.square().sum() for x in outs), sources)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_gradcheck(name):
+    gates, call = gated(name, 9, 4, 3, 2)
+    given = [x if x is None else x.clone().requires_grad_() for x in gates]
+    assert torch.autograd.gradcheck(lambda *xs: tuple(call("cpp", *xs)), given)
+
+
+def test_small_gradients_of_gates_keep_their_digits():
+    """Through gates of e^-3 the first tokens of a chunk are all but forgotten; what is left of their gradients is right by itself, not next to the others'."""
+    xs, memory = wide(4, 5, 32, H=1)
+    found = []
+    for impl in ("torch", "cpp"):
+        decay = torch.full_like(xs[3], -3.0).requires_grad_()
+        o, _ = neural_memory(*xs[:3], decay, None, xs[5], memory=memory._replace(decay_to="zero"), grad_point="chunk", chunk=32, impl=impl)
+        found.append(torch.autograd.grad(o[:, -1].square().sum(), decay)[0])
+    assert 0 < found[0].abs().min() < 1e-30
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0.0)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

@@ -32,6 +32,28 @@ Masks = tuple[Tensor, Tensor, Tensor]
 Layers = list[Tensor]  # [X, in, out] by layer
 
 
+class All(NamedTuple):
+    """What all chunks of a call are made of."""
+
+    grid: Grid
+    masks: Masks
+    band: Tensor  # [C, C] of the window
+    window: int
+    pull: Maybe  # [chunk]
+    tokens: list[Any]  # on the grid: q, k, v, log_decay, log_momentum, step, and, where it matters, which are real
+
+
+class Found(NamedTuple):
+    """The gradients of all chunks. The state's are those of what stood before them; () and None where there is nothing."""
+
+    tokens: list[Maybe]  # but for `real`
+    w: Layers
+    s: Layers
+    point: Layers
+    init: Layers
+    outer: list[Maybe]  # gain, bias [X, V], pull [C]
+
+
 class Local(NamedTuple):
     """What a group of n chunks computes by itself."""
 

@@ -1,4 +1,4 @@
-// A group of chunks of a neural memory in dual form, forwards and backwards, and the recurrence for one token. The formulas are those of chunk.py,
+// The chunks of a neural memory in dual form, forwards and backwards, and the recurrence for one token. The formulas are those of gates.py, chunk.py,
 // inner.py and reference.py.
 //
 //   X memories (rows and heads)   n chunks   C tokens in a chunk   L layers   B bases: W, S, W_0 and M', those that there are   H heads
@@ -84,30 +84,39 @@ inline void tile(const F* a, Int down, Int along, const F* b, Int wide, F* y, In
     for (Int j = 0; j < W; j++) *reinterpret_cast<V*>(y + i * stride + j * LANES) = sum[i][j];
 }
 
+// Which part of a product is asked for: of a square a or y, only what is on and below the diagonal, for the rest is zero, or not looked at.
+enum Part : Int { WHOLE, LOWER_A, LOWER_A_DOWN, LOWER_Y };
+
+template <class F, Int R, Int W>
+inline void rows(Int i, Part part, const F* a, Int down, Int along, const F* b, Int wide, F* y, Int stride, Int inner, bool more) {
+  const Int from = part == LOWER_A_DOWN ? i : 0, to = part == LOWER_A ? std::min(i + R, inner) : inner;
+  tile<F, R, W>(a + i * down + from * along, down, along, b + from * wide, wide, y + i * stride, stride, to - from, more);
+}
+
 template <class F, Int W>
-inline void columns(const F* a, Int down, Int along, const F* b, Int wide, F* y, Int stride, Int rows, Int inner, bool more) {
-  Int i = 0;
-  for (; i + ROWS <= rows; i += ROWS) tile<F, ROWS, W>(a + i * down, down, along, b, wide, y + i * stride, stride, inner, more);
-  for (; i < rows; i++) tile<F, 1, W>(a + i * down, down, along, b, wide, y + i * stride, stride, inner, more);
+inline void columns(Int j, Part part, const F* a, Int down, Int along, const F* b, Int wide, F* y, Int stride, Int count, Int inner, bool more) {
+  Int i = part == LOWER_Y ? j / ROWS * ROWS : 0;
+  for (; i + ROWS <= count; i += ROWS) rows<F, ROWS, W>(i, part, a, down, along, b + j, wide, y + j, stride, inner, more);
+  for (; i < count; i++) rows<F, 1, W>(i, part, a, down, along, b + j, wide, y + j, stride, inner, more);
 }
 
 template <class F>
-void product(const F* a, Int down, Int along, const Mat<F>& b, const Mat<F>& y, Int rows, Int inner, bool more) {
+void product(Part part, const F* a, Int down, Int along, const Mat<F>& b, const Mat<F>& y, Int count, Int inner, bool more) {
   constexpr Int LANES = Wide<F>::LANES;
   const Int wide = std::min(b.wide, y.wide);
   Int j = 0;
-  for (; j + TILE * LANES <= wide; j += TILE * LANES) columns<F, TILE>(a, down, along, b.p + j, b.wide, y.p + j, y.wide, rows, inner, more);
-  for (; j < wide; j += LANES) columns<F, 1>(a, down, along, b.p + j, b.wide, y.p + j, y.wide, rows, inner, more);
+  for (; j + TILE * LANES <= wide; j += TILE * LANES) columns<F, TILE>(j, part, a, down, along, b.p, b.wide, y.p, y.wide, count, inner, more);
+  for (; j < wide; j += LANES) columns<F, 1>(j, part, a, down, along, b.p, b.wide, y.p, y.wide, count, inner, more);
 }
 
 template <class F>
-void times(const Mat<F>& y, const Mat<F>& a, const Mat<F>& b, bool more = false) {  // y (+)= a b
-  product(a.p, a.wide, Int(1), b, y, a.rows, a.cols, more);
+void times(const Mat<F>& y, const Mat<F>& a, const Mat<F>& b, bool more = false, Part part = WHOLE) {  // y (+)= a b
+  product(part, a.p, a.wide, Int(1), b, y, a.rows, a.cols, more);
 }
 
 template <class F>
-void down_times(const Mat<F>& y, const Mat<F>& a, const Mat<F>& b, bool more = false) {  // y (+)= a^T b
-  product(a.p, Int(1), a.wide, b, y, a.cols, a.rows, more);
+void down_times(const Mat<F>& y, const Mat<F>& a, const Mat<F>& b, bool more = false, Part part = WHOLE) {  // y (+)= a^T b
+  product(part, a.p, Int(1), a.wide, b, y, a.cols, a.rows, more);
 }
 
 // Exchanges the odd blocks of H lanes of the rows i with the even ones of the rows i + H, and so, for H = LANES / 2 .. 1, transposes a square.
@@ -319,13 +328,13 @@ struct Net {
 
 template <class F>
 struct Call {
-  Int L, C, K, V, X, n, post, gelu, pulled;
+  Int L, C, K, V, X, n, post, gelu, H, chunk, window;
   const Int* sizes;  // in and out of every layer
   void** next;       // the tensors that are still to be read
 
   Call(const Int* shape, void** tensors)
-      : L(shape[0]), C(shape[1]), K(shape[2]), V(shape[3]), X(shape[4]), n(shape[5]), post(shape[6]), gelu(shape[7]), pulled(shape[8]), sizes(shape + 9),
-        next(tensors) {}
+      : L(shape[0]), C(shape[1]), K(shape[2]), V(shape[3]), X(shape[4]), n(shape[5]), post(shape[6]), gelu(shape[7]), H(shape[8]), chunk(shape[9]),
+        window(shape[10]), sizes(shape + 11), next(tensors) {}
   Int in(Int l) const { return sizes[2 * l]; }
   Int out(Int l) const { return sizes[2 * l + 1]; }
   Int area(Int l) const { return in(l) * out(l); }
@@ -339,13 +348,45 @@ struct Call {
 };
 
 template <class F>
-struct Tokens {  // of all chunks; what there is not is null
-  const F *q, *k, *v, *c, *G, *E, *m;
-  const Int* done;
+struct Tokens {  // [rows, n C, H, .] of all chunks; what there is not is null
+  const F *q, *k, *v, *decay, *momentum, *step, *real, *pull;
+  const Int* ends;  // of every row: how many places are filled in the end
   const F *gain, *bias, *clip;
+  Int H, chunk, length;
   explicit Tokens(Call<F>& a)
-      : q(a.tensor()), k(a.tensor()), v(a.tensor()), c(a.tensor()), G(a.tensor()), E(a.tensor()), m(a.tensor()),
-        done(reinterpret_cast<const Int*>(a.tensor())), gain(a.tensor()), bias(a.tensor()), clip(a.tensor()) {}
+      : q(a.tensor()), k(a.tensor()), v(a.tensor()), decay(a.tensor()), momentum(a.tensor()), step(a.tensor()), real(a.tensor()), pull(a.tensor()),
+        ends(reinterpret_cast<const Int*>(a.tensor())), gain(a.tensor()), bias(a.tensor()), clip(a.tensor()), H(a.H), chunk(a.chunk), length(a.n * a.C) {}
+
+  Int place(Int x, Int t) const { return (x / H * length + t) * H + x % H; }  // of token t of memory x among all; the next one is H further on
+  bool done(Int x, Int chunks) const { return chunks * chunk <= ends[x / H]; }
+  bool begins(Int x, Int i) const { return i > 0 && done(x, i); }  // chunk 0 goes on where the last call ended
+};
+
+// What of every write, and of the start, is in the memory after every token of a chunk. Token j has row j + 1, before it is row 0. In double, for every
+// row is made from the one before it, and small next to the rest.
+struct Gates {
+  const Int C, window;
+  Arena<double> arena;
+  Mat<double> E, G;  // zero above the diagonal
+  std::vector<double> a, eta, r, beta, m, f;
+
+  Gates(Int C, Int window)
+      : C(C), window(window), E(arena.mat(C + 1, C)), G(arena.mat(C + 1, C)), a(C), eta(C), r(C), beta(C + 1, 1.), m(C + 1, 1.), f(C + 1, 0.) {}
+
+  Int first(Int j) const { return std::max<Int>(j + 1 - window, 0); }  // whose gradients token j follows
+
+  template <class F>
+  void read(const Tokens<F>& t, Int at) {
+    for (Int j = 0; j < C; j++, at += t.H) {
+      a[j] = std::exp(double(t.decay[at])), eta[j] = t.momentum ? std::exp(double(t.momentum[at])) : 0, r[j] = t.real ? t.real[at] : 1;
+      beta[j + 1] = a[j] * beta[j], m[j + 1] = eta[j] * m[j], f[j + 1] = a[j] * f[j] + r[j] * m[j + 1];
+      double *e = E.row(j + 1), *g = G.row(j + 1);
+      scaled(e, E.row(j), eta[j], j), e[j] = 0;
+      for (Int i = first(j); i <= j; i++) e[i] -= t.step[at];
+      scaled(g, G.row(j), a[j], j), g[j] = 0;
+      add(g, e, r[j], j + 1);
+    }
+  }
 };
 
 template <class F>
@@ -377,29 +418,35 @@ struct Work {
   const Tokens<F>& t;
   Arena<F> arena;
   Net<F> net;
-  Mats<F> W, S, P, I, x, d, u, z, slope, bend, e, X, Z, slopes, scores, mixed_scores, turned;
+  Mats<F> W, S, P, I, x, d, u, z, slope, bend, e, X, Z, slopes, scores, mixed_scores;
+  Mats<F> turned;  // P, of the first layer in the backward only
   std::vector<const Mats<F>*> bases;
-  Mat<F> k, v, G, room, product_room, tokens_turned;
-  const F *c, *E;
+  Gates gates;
+  std::vector<double> pull;  // of every row; row C is what the chunk leaves
+  Mat<F> c, G, room, product_room, tokens_turned;
+  std::vector<F> E;  // of the last token, as m
   F m;
+  Int at;     // where the chunk's first token is
+  bool over;  // the chunk ends in this call
+  const bool with_start;
 
-  Work(const Call<F>& a, const Tokens<F>& t, bool with_start) : a(a), t(t) {
+  Work(const Call<F>& a, const Tokens<F>& t, bool with_start) : a(a), t(t), gates(a.C, a.window), pull(a.C + 1, 1.), E(a.C), with_start(with_start) {
     const Int C = a.C;
     Int widest = std::max(a.K, a.V);
     for (Int l = 0; l < a.L; l++) {
       const Int in = a.in(l), out = a.out(l);
       widest = std::max({widest, in, out});
-      for (Mats<F>* y : {&W, &S, &P, &I}) y->push_back(y == &S && !t.m ? Mat<F>{} : y == &I && !with_start ? Mat<F>{} : arena.mat(in, out));
+      for (Mats<F>* y : {&W, &S, &P, &I}) y->push_back(y == &S && !t.momentum ? Mat<F>{} : y == &I && !with_start ? Mat<F>{} : arena.mat(in, out));
       for (Mats<F>* y : {&d, &u, &z, &slope, &bend, &Z, &slopes}) y->push_back(arena.mat(C, out));
       for (Mats<F>* y : {&x, &e, &X}) y->push_back(arena.mat(C, in));
       for (Mats<F>* y : {&scores, &mixed_scores}) y->push_back(arena.mat(C, C));
       turned.push_back(arena.mat(out, in));
     }
     bases.push_back(&W);
-    if (t.m) bases.push_back(&S);
+    if (t.momentum) bases.push_back(&S);
     if (with_start) bases.push_back(&I);
-    if (a.pulled) bases.push_back(&P);
-    k = arena.mat(C, a.K), v = arena.mat(C, a.V), G = arena.mat(C + 1, C);
+    if (t.pull) bases.push_back(&P);
+    c = arena.mat(Int(bases.size()), C + 1), G = arena.mat(C + 1, C);
     room = arena.mat(C, widest), product_room = arena.mat(C, widest), tokens_turned = arena.mat(widest, C);
     net = {a.post, a.V, nullptr, nullptr, {}};
     for (F*& room : net.room) room = arena.mat(1, a.V).p;
@@ -416,20 +463,28 @@ struct Work {
     net.bias = t.bias ? t.bias + xi * a.V : nullptr;
   }
 
-  void read(Int at) {
-    const Int B = Int(bases.size()), C = a.C;
-    fill(k, t.k + at * C * a.K), fill(v, t.v + at * C * a.V), fill(G, t.G + at * (C + 1) * C);
-    feed(x[0], t.k + at * C * a.K, a.K), feed(X[0], t.q + at * C * a.K, a.K);
-    c = t.c + at * B * (C + 1);
-    E = t.E ? t.E + at * C : nullptr;
-    m = t.m ? t.m[at] : F(0);
+  const F* query(Int j) const { return t.q + (at + j * a.H) * a.K; }
+  const F* key(Int j) const { return t.k + (at + j * a.H) * a.K; }
+  const F* value(Int j) const { return t.v + (at + j * a.H) * a.V; }
+
+  void read(Int xi, Int i) {
+    at = t.place(xi, i * a.C), over = t.done(xi, i + 1);
+    for (Int j = 0; j < a.C; j++) feed(x[0].row(j), key(j)), feed(X[0].row(j), query(j));
+    gates.read(t, at);
+    for (Int j = 0; j <= a.C; j++) {
+      const Int last = std::min(j, a.C - 1);
+      if (t.pull) pull[j] = j < a.C || over ? t.pull[last] : 1;
+      const double beta = gates.beta[last + 1], p = pull[j];
+      for (size_t b = 0; b < bases.size(); b++) c.row(b)[j] = bases[b] == &P ? 1 - p : p * (b == 0 ? beta : bases[b] == &S ? gates.f[last + 1] : 1 - beta);
+      for (Int k = 0; k <= last; k++) G.row(j)[k] = p * gates.G.row(last + 1)[k];
+    }
+    std::copy(gates.E.row(a.C), gates.E.row(a.C) + a.C, E.begin());
+    m = gates.m[a.C];
   }
 
-  void feed(const Mat<F>& y, const F* from, Int cols) const {
-    for (Int i = 0; i < y.rows; i++) {
-      std::copy(from + i * cols, from + (i + 1) * cols, y.row(i));
-      if (y.cols > cols) y.row(i)[cols] = 1;
-    }
+  void feed(F* row, const F* from) const {
+    std::copy(from, from + a.K, row);
+    if (a.in(0) > a.K) row[a.K] = 1;
   }
 
   template <int ORDER>
@@ -447,7 +502,7 @@ struct Work {
       times(z[l], x[l], P[l]);
     }
     const Int last = a.L - 1;
-    for (Int i = 0; i < a.C; i++) net.error(d[last].row(i), z[last].row(i), k.row(i), v.row(i));
+    for (Int i = 0; i < a.C; i++) net.error(d[last].row(i), z[last].row(i), key(i), value(i));
     for (Int l = last; l > 0; l--) {
       turn(turned[l], P[l]);
       times(e[l], d[l], turned[l]);
@@ -466,11 +521,11 @@ struct Work {
     gradient<ORDER + 1>();
     for (Int l = 0; l < a.L; l++) {
       if (l) activate<ORDER>(X, Z, l, slopes, slopes);
-      times(scores[l], X[l], on_its_side(x[l]));
+      times(scores[l], X[l], on_its_side(x[l]), false, LOWER_Y);
       for (Int i = 0; i < a.C; i++)
-        for (Int j = 0; j < a.C; j++) mixed_scores[l].row(i)[j] = scores[l].row(i)[j] * G.row(i)[j];
-      times(Z[l], mixed_scores[l], u[l]);
-      for (size_t b = 0; b < bases.size(); b++) times(Z[l], scaled_rows(room, X[l], c + b * (a.C + 1)), (*bases[b])[l], true);
+        for (Int j = 0; j <= i; j++) mixed_scores[l].row(i)[j] = scores[l].row(i)[j] * G.row(i)[j];
+      times(Z[l], mixed_scores[l], u[l], false, LOWER_A);
+      for (size_t b = 0; b < bases.size(); b++) times(Z[l], scaled_rows(room, X[l], c.row(b)), (*bases[b])[l], true);
     }
   }
 
@@ -479,13 +534,13 @@ struct Work {
       for (size_t b = 1; b < bases.size(); b++) mixed(W[l], b == 1 ? last(0) : F(1), (*bases[b])[l], last(b));
       if (bases.size() == 1) mixed(W[l], last(0), W[l], F(0));
       down_times(W[l], scaled_rows(room, x[l], G.row(a.C)), u[l], true);
-      if (!t.m) continue;
+      if (!t.momentum) continue;
       mixed(S[l], m, S[l], F(0));
-      down_times(S[l], scaled_rows(room, x[l], E), u[l], true);
+      down_times(S[l], scaled_rows(room, x[l], E.data()), u[l], true);
     }
   }
 
-  F last(size_t b) const { return c[b * (a.C + 1) + a.C]; }
+  F last(size_t b) const { return c.row(b)[a.C]; }
 };
 
 template <class F>
@@ -502,24 +557,24 @@ Int forward(const Int* shape, void** tensors, Int threads) {
       w.begin(x);
       for (Int l = 0; l < a.L; l++) {
         fill(w.W[l], W[l] + x * a.area(l)), fill(w.P[l], P[l] + x * a.area(l));
-        if (t.m) fill(w.S[l], S[l] + x * a.area(l));
+        if (t.momentum) fill(w.S[l], S[l] + x * a.area(l));
         if (I[0]) fill(w.I[l], I[l] + x * a.area(l));
       }
       for (Int i = 0; i < a.n; i++) {
-        const Int at = i * a.X + x;
         for (Int l = 0; l < a.L; l++) {
-          if (t.done[at]) std::copy(w.W[l].p, w.W[l].row(a.in(l)), w.P[l].p);
-          if (Ws[0]) keep(Ws[l] + at * a.area(l), w.W[l]);
-          if (Ws[0] && t.m) keep(Ss[l] + at * a.area(l), w.S[l]);
+          const Int at = (i * a.X + x) * a.area(l);
+          if (t.begins(x, i)) std::copy(w.W[l].p, w.W[l].row(a.in(l)), w.P[l].p);
+          if (Ws[0]) keep(Ws[l] + at, w.W[l]);
+          if (Ws[0] && t.momentum) keep(Ss[l] + at, w.S[l]);
         }
-        w.read(at);
+        w.read(x, i);
         w.template forward<0>();
-        for (Int j = 0; j < a.C; j++) w.net.answer(o + (at * a.C + j) * a.V, w.Z[a.L - 1].row(j), t.q + (at * a.C + j) * a.K);
+        for (Int j = 0; j < a.C; j++) w.net.answer(o + (w.at + j * a.H) * a.V, w.Z[a.L - 1].row(j), w.query(j));
         w.leave();
       }
       for (Int l = 0; l < a.L; l++) {
         keep(W[l] + x * a.area(l), w.W[l]), keep(P[l] + x * a.area(l), w.P[l]);
-        if (t.m) keep(S[l] + x * a.area(l), w.S[l]);
+        if (t.momentum) keep(S[l] + x * a.area(l), w.S[l]);
       }
     }
   }
@@ -528,27 +583,30 @@ Int forward(const Int* shape, void** tensors, Int threads) {
 
 template <class F>
 struct Back : Work<F> {
-  using Work<F>::a, Work<F>::t, Work<F>::net, Work<F>::arena, Work<F>::bases, Work<F>::c, Work<F>::E, Work<F>::m, Work<F>::G, Work<F>::k, Work<F>::v;
+  using Work<F>::a, Work<F>::t, Work<F>::net, Work<F>::arena, Work<F>::bases, Work<F>::gates, Work<F>::c, Work<F>::E, Work<F>::m, Work<F>::G, Work<F>::at;
   using Work<F>::W, Work<F>::S, Work<F>::P, Work<F>::x, Work<F>::d, Work<F>::u, Work<F>::z, Work<F>::slope, Work<F>::bend, Work<F>::e, Work<F>::X, Work<F>::Z;
   using Work<F>::slopes, Work<F>::scores, Work<F>::mixed_scores;
-  Mats<F> dW, dS, dP, dI, du, dx, dX, dz;
+  Mats<F> dW, dS, dP, dI, du, dx, dX, dz, own, turned_start, turned_other;  // own: room for an M' that is not W
   std::vector<Mats<F>*> dbases;
   Mat<F> dscores, dG, dc;
   std::vector<F> dE;
+  std::vector<double> gG, gE;
 
   Back(const Call<F>& a, const Tokens<F>& t, bool with_start) : Work<F>(a, t, with_start) {
     for (Int l = 0; l < a.L; l++) {
       const Int in = a.in(l), out = a.out(l);
-      for (Mats<F>* y : {&dW, &dS, &dP, &dI}) y->push_back(y == &dS && !t.m ? Mat<F>{} : y == &dI && !with_start ? Mat<F>{} : arena.mat(in, out));
+      for (Mats<F>* y : {&dW, &dS, &dP, &dI}) y->push_back(y == &dS && !t.momentum ? Mat<F>{} : y == &dI && !with_start ? Mat<F>{} : arena.mat(in, out));
       for (Mats<F>* y : {&du, &dz}) y->push_back(arena.mat(a.C, out));
       for (Mats<F>* y : {&dx, &dX}) y->push_back(arena.mat(a.C, in));
+      own.push_back(P[l]), turned_other.push_back(arena.mat(out, in));
+      if (with_start) turned_start.push_back(arena.mat(out, in));
     }
     dbases.push_back(&dW);
-    if (t.m) dbases.push_back(&dS);
+    if (t.momentum) dbases.push_back(&dS);
     if (with_start) dbases.push_back(&dI);
-    if (a.pulled) dbases.push_back(nullptr);  // M', which is W once the chunk has begun
+    if (t.pull) dbases.push_back(nullptr);  // M', which is W once the chunk has begun
     dscores = arena.mat(a.C, a.C), dG = arena.mat(a.C + 1, a.C), dc = arena.mat(Int(bases.size()), a.C + 1);
-    dE.resize(a.C);
+    dE.resize(a.C), gG.resize(a.C), gE.resize(a.C);
   }
 
   // Backwards through (row x)^T u, whose gradient is `left`
@@ -559,8 +617,15 @@ struct Back : Work<F> {
       drow[i] += dot(y.row(i), u[l].row(i), a.out(l));
       add(du[l].row(i), y.row(i), row[i], a.out(l));
     }
-    turn(this->turned[l], left);
-    times(dx[l], scaled_rows(this->room, u[l], row), this->turned[l], true);
+    turn(turned_other[l], left);
+    times(dx[l], scaled_rows(this->room, u[l], row), turned_other[l], true);
+  }
+
+  const Mat<F>& basis_on_its_side(const Mat<F>& basis, Int l) {
+    if (basis.p == P[l].p) return this->turned[l];
+    if (basis.p == this->I[l].p) return turned_start[l];
+    turn(turned_other[l], basis);
+    return turned_other[l];
   }
 
   // What the chunk's gradient at M' is added to: W's where the chunk began with M' = W
@@ -569,28 +634,28 @@ struct Back : Work<F> {
   void answers(bool done, F* dq, F* dm) {
     for (Int l = a.L - 1; l >= 0; l--) {
       const Mat<F>& dZ = dz[l];
-      times(dscores, dZ, this->on_its_side(u[l]));
+      times(dscores, dZ, this->on_its_side(u[l]), false, LOWER_Y);
       for (Int i = 0; i < a.C; i++) {
         F *s = dscores.row(i), *g = dG.row(i);
-        for (Int j = 0; j < a.C; j++) g[j] += s[j] * scores[l].row(i)[j], s[j] *= G.row(i)[j];
+        for (Int j = 0; j <= i; j++) g[j] += s[j] * scores[l].row(i)[j], s[j] *= G.row(i)[j];
+        std::fill(s + i + 1, s + a.C, F(0));
       }
-      down_times(du[l], mixed_scores[l], dZ);
-      times(dX[l], dscores, x[l]);
-      down_times(dx[l], dscores, X[l]);
+      down_times(du[l], mixed_scores[l], dZ, false, LOWER_A_DOWN);
+      times(dX[l], dscores, x[l], false, LOWER_A);
+      down_times(dx[l], dscores, X[l], false, LOWER_A_DOWN);
       written(l, G.row(a.C), dG.row(a.C), dW[l]);
-      if (t.m) {
-        written(l, E, dE.data(), dS[l]);
+      if (t.momentum) {
+        written(l, E.data(), dE.data(), dS[l]);
         *dm += inner(dS[l], S[l]);
       }
       for (size_t b = 0; b < bases.size(); b++) {
         const Mat<F>& basis = (*bases[b])[l];
         const Mat<F> y = like(this->product_room, X[l]);
         dc.row(b)[a.C] += inner(dW[l], basis);
-        turn(this->turned[l], basis);
-        times(y, dZ, this->turned[l]);
+        times(y, dZ, basis_on_its_side(basis, l));
         for (Int i = 0; i < a.C; i++) {
           dc.row(b)[i] += dot(y.row(i), X[l].row(i), a.in(l));
-          add(dX[l].row(i), y.row(i), c[b * (a.C + 1) + i], a.in(l));
+          add(dX[l].row(i), y.row(i), c.row(b)[i], a.in(l));
         }
       }
       // Now the gradients of what the chunk leaves become those of what it began with.
@@ -603,11 +668,11 @@ struct Back : Work<F> {
       }
       mixed(dW[l], kept, dW[l], F(0));
       for (size_t b = 0; b < bases.size(); b++)
-        down_times((dbases[b] ? *dbases[b] : at_point(done))[l], X[l], scaled_rows(this->room, dZ, c + b * (a.C + 1)), true);
+        down_times((dbases[b] ? *dbases[b] : at_point(done))[l], X[l], scaled_rows(this->room, dZ, c.row(b)), true);
       for (Int i = 0; i < a.C && l; i++)
         for (Int j = 0; j < a.fed(l); j++) dz[l - 1].row(i)[j] = dX[l].row(i)[j] * slopes[l - 1].row(i)[j];
     }
-    for (Int i = 0; i < a.C; i++) add(dq + i * a.K, dX[0].row(i), F(1), a.K);
+    for (Int i = 0; i < a.C; i++) add(dq + (at + i * a.H) * a.K, dX[0].row(i), F(1), a.K);
   }
 
   static F inner(const Mat<F>& a, const Mat<F>& b) {
@@ -641,17 +706,44 @@ struct Back : Work<F> {
       times(du[l + 1], du[l], P[l + 1], true);
     }
     for (Int i = 0; i < a.C; i++)
-      net.error_back(dz[last].row(i), dk + i * a.K, dv + i * a.V, dgain, dbias, z[last].row(i), k.row(i), v.row(i), du[last].row(i));
+      net.error_back(dz[last].row(i), dk + (at + i * a.H) * a.K, dv + (at + i * a.H) * a.V, dgain, dbias, z[last].row(i), this->key(i), this->value(i),
+                     du[last].row(i));
     for (Int l = last; l >= 0; l--) {
       down_times(dpoint[l], x[l], dz[l], true);
-      turn(this->turned[l], P[l]);
       times(dx[l], dz[l], this->turned[l], true);
       if (!l) continue;
       down_times(dpoint[l], du[l - 1], d[l], true);
       for (Int i = 0; i < a.C; i++)
         for (Int j = 0; j < a.fed(l); j++) dz[l - 1].row(i)[j] += dx[l].row(i)[j] * slope[l - 1].row(i)[j];
     }
-    for (Int i = 0; i < a.C; i++) add(dk + i * a.K, dx[0].row(i), F(1), a.K);
+    for (Int i = 0; i < a.C; i++) add(dk + (at + i * a.H) * a.K, dx[0].row(i), F(1), a.K);
+  }
+
+  // From the last token to the first: g is the gradient of what stands after it, d what its own row asks for. Row C is the last token's once more.
+  void gated(F* ddecay, F* dmomentum, F* dstep, F* dpull, F dm) {
+    const Int C = a.C, start = t.momentum ? 2 : 1;
+    double gbeta = 0, gf = 0, gm = dm;
+    std::fill(gG.begin(), gG.end(), 0.), std::copy(dE.begin(), dE.end(), gE.begin());
+    for (Int row = C; row >= 0; row--) {
+      const Int j = std::min(row, C - 1), here = at + j * a.H;
+      const double p = this->pull[row], dstart = this->with_start ? dc.row(start)[row] : 0;
+      const double dbeta = dc.row(0)[row] - dstart, df = t.momentum ? dc.row(1)[row] : 0;
+      if (t.pull && (row < C || this->over)) {
+        double told = dbeta * gates.beta[j + 1] + df * gates.f[j + 1] + dstart - dc.row(Int(bases.size()) - 1)[row];
+        for (Int i = 0; i <= j; i++) told += dG.row(row)[i] * gates.G.row(j + 1)[i];
+        dpull[j] += told;
+      }
+      gbeta += p * dbeta, gf += p * df;
+      for (Int i = 0; i <= j; i++) gG[i] += p * dG.row(row)[i];
+      if (row == C) continue;
+      const double decay = gates.a[j], eta = gates.eta[j], r = gates.r[j];
+      ddecay[here] = decay * (gbeta * gates.beta[j] + gf * gates.f[j] + dot(gG.data(), gates.G.row(j), j));
+      gm += r * gf, add(gE.data(), gG.data(), r, j + 1);
+      dstep[here] = -total(gE.data() + gates.first(j), j + 1 - gates.first(j));
+      if (t.momentum) dmomentum[here] = eta * (gm * gates.m[j] + dot(gE.data(), gates.E.row(j), j));
+      gbeta *= decay, gf *= decay, gm *= eta;
+      scaled(gG.data(), gG.data(), decay, j), scaled(gE.data(), gE.data(), eta, j);
+    }
   }
 };
 
@@ -660,8 +752,8 @@ Int backward(const Int* shape, void** tensors, Int threads) {
   Call<F> a(shape, tensors);
   const Tokens<F> t(a);
   const F* dO = a.tensor();
-  F *dq = a.tensor(), *dk = a.tensor(), *dv = a.tensor(), *dc = a.tensor(), *dG = a.tensor(), *dE = a.tensor(), *dm = a.tensor();
-  F *dgain = a.tensor(), *dbias = a.tensor();
+  F *dq = a.tensor(), *dk = a.tensor(), *dv = a.tensor(), *ddecay = a.tensor(), *dmomentum = a.tensor(), *dstep = a.tensor();
+  F *dgain = a.tensor(), *dbias = a.tensor(), *dpull = a.tensor();
   F **Ws = a.layers(), **Ss = a.layers(), **given = a.layers(), **I = a.layers();
   F **dW = a.layers(), **dS = a.layers(), **dP = a.layers(), **dI = a.layers();
 #pragma omp parallel num_threads(threads)
@@ -674,36 +766,41 @@ Int backward(const Int* shape, void** tensors, Int threads) {
       for (Int l = 0; l < a.L; l++) {
         const Int at = x * a.area(l);
         fill(w.dW[l], dW[l] + at), fill(w.dP[l], dP[l] + at);
-        if (t.m) fill(w.dS[l], dS[l] + at);
-        if (I[0]) fill(w.I[l], I[l] + at), fill(w.dI[l], dI[l] + at);
+        if (t.momentum) fill(w.dS[l], dS[l] + at);
+        if (I[0]) fill(w.I[l], I[l] + at), fill(w.dI[l], dI[l] + at), turn(w.turned_start[l], w.I[l]);
       }
+      bool waits = true;  // dP is not zero
       for (Int i = a.n - 1; i >= 0; i--) {
-        const Int at = i * a.X + x;
-        const bool done = t.done[at];
-        w.read(at);
+        const bool done = t.begins(x, i);
+        w.read(x, i);
         for (Int l = 0; l < a.L; l++) {
-          fill(w.W[l], Ws[l] + at * a.area(l));
-          if (t.m) fill(w.S[l], Ss[l] + at * a.area(l));
-          if (given[0] && !i) fill(w.P[l], given[l] + x * a.area(l));
-          else std::copy(w.W[l].p, w.W[l].row(a.in(l)), w.P[l].p);
+          const Int at = (i * a.X + x) * a.area(l);
+          fill(w.W[l], Ws[l] + at);
+          if (t.momentum) fill(w.S[l], Ss[l] + at);
+          const bool apart = given[0] && !i;
+          w.P[l] = apart ? w.own[l] : w.W[l];
+          if (apart) fill(w.P[l], given[l] + x * a.area(l));
         }
+        turn(w.turned[0], w.P[0]);
         w.template forward<1>();
         std::fill(w.dG.p, w.dG.row(C + 1), F(0)), std::fill(w.dc.p, w.dc.row(B), F(0)), std::fill(w.dE.begin(), w.dE.end(), F(0));
-        F sum = 0;
-        std::fill(dq + at * C * a.K, dq + (at + 1) * C * a.K, F(0)), std::fill(dk + at * C * a.K, dk + (at + 1) * C * a.K, F(0));
+        F dm = 0;
         F *gain = dgain ? dgain + x * a.V : nullptr, *bias = dbias ? dbias + x * a.V : nullptr;
-        for (Int j = 0; j < C; j++)
-          w.net.answer_back(w.dz[a.L - 1].row(j), dq + (at * C + j) * a.K, gain, bias, w.Z[a.L - 1].row(j), dO + (at * C + j) * a.V);
-        w.answers(done, dq + at * C * a.K, &sum);
-        w.writes(done, dk + at * C * a.K, dv + at * C * a.V, gain, bias);
-        for (Int l = 0; l < a.L && done; l++) mixed(w.dW[l], F(1), w.dP[l], F(1)), mixed(w.dP[l], F(0), w.dP[l], F(0));
-        keep(dc + at * B * (C + 1), w.dc), keep(dG + at * (C + 1) * C, w.dG);
-        if (t.m) std::copy(w.dE.begin(), w.dE.end(), dE + at * C), dm[at] = sum;
+        for (Int j = 0; j < C; j++) {
+          const Int key = (w.at + j * a.H) * a.K, value = (w.at + j * a.H) * a.V;
+          std::fill(dq + key, dq + key + a.K, F(0)), std::fill(dk + key, dk + key + a.K, F(0));
+          w.net.answer_back(w.dz[a.L - 1].row(j), dq + key, gain, bias, w.Z[a.L - 1].row(j), dO + value);
+        }
+        w.answers(done, dq, &dm);
+        w.writes(done, dk, dv, gain, bias);
+        w.gated(ddecay, dmomentum, dstep, dpull ? dpull + x * C : nullptr, dm);
+        for (Int l = 0; l < a.L && done && waits; l++) mixed(w.dW[l], F(1), w.dP[l], F(1)), mixed(w.dP[l], F(0), w.dP[l], F(0));
+        waits = !done;
       }
       for (Int l = 0; l < a.L; l++) {
         const Int at = x * a.area(l);
         keep(dW[l] + at, w.dW[l]), keep(dP[l] + at, w.dP[l]);
-        if (t.m) keep(dS[l] + at, w.dS[l]);
+        if (t.momentum) keep(dS[l] + at, w.dS[l]);
         if (I[0]) keep(dI[l] + at, w.dI[l]);
       }
     }
@@ -769,7 +866,7 @@ void moved(F* __restrict w, F* s, const F* __restrict old, const F* before, cons
 template <class F>
 Int token(const Int* shape, void** tensors, Int threads) {
   Call<F> a(shape, tensors);
-  const Int H = a.n, chunk = a.pulled;
+  const Int H = a.H, chunk = a.chunk;
   const F *q = a.tensor(), *k = a.tensor(), *v = a.tensor(), *decay = a.tensor(), *momentum = a.tensor(), *step = a.tensor();
   const Int *real = reinterpret_cast<const Int*>(a.tensor()), *place = reinterpret_cast<const Int*>(a.tensor());
   const F *gain = a.tensor(), *bias = a.tensor(), *clip = a.tensor();

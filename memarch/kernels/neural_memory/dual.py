@@ -1,8 +1,8 @@
 """The neural memory in chunks that take their gradients at their start: chunk.py for one chunk after the other, as an operator with its backward.
 
 What the backward needs is computed again, chunk by chunk, from W and S at the chunks' starts. Every row has its own grid of
-chunks (grid.py): `place` tokens of its first chunk have been, and stand there as tokens that are none. A group of chunks goes through torch (chunk.py)
-or, if `native`, through C++ (cpp.py).
+chunks (grid.py): `place` tokens of its first chunk have been, and stand there as tokens that are none. The chunks go through torch, in groups, or, if
+`native`, through C++ (cpp.py).
 
     B rows   T tokens   H heads   K key width   V value width   N chunks   C tokens in a chunk   L layers   X = B H
 """
@@ -19,7 +19,7 @@ from memarch.kernels.chunks import cut, groups, put
 from memarch.kernels.delta_rule.torch_impl import triangles
 from memarch.kernels.neural_memory import chunk as torch_chunks
 from memarch.kernels.neural_memory import cpp
-from memarch.kernels.neural_memory.chunk import Layers, Masks, added, handed, handed_back, local, local_back, plus
+from memarch.kernels.neural_memory.chunk import All, Found, Layers, Masks, added, handed, handed_back, local, local_back, plus
 from memarch.kernels.neural_memory.grid import Grid, grid, size
 from memarch.kernels.neural_memory.inner import Net
 
@@ -64,17 +64,23 @@ def chunked(
     Without `point` and `place` a chunk begins. With `place` the first window - 1 tokens are those before, only learned once more.
 
     -> o, the new weights, momentum and point in one list, and for the backward W and S before every chunk [N,X,in,out] (empty unless `save`)"""
-    H, (w, s, p, init) = v.shape[2], (flat(x, v) for x in (weights, momentum, point, init))
-    g, masks, band, tokens = layout(q, k, v, log_decay, log_momentum, step, place, lengths, chunk, window)
-    net, pull = shared(w[0], activation, post, gain, bias, pull, clip)
-    o, p, X = v.new_empty(v.shape[0], g.N * g.C, *v.shape[2:]), p or w, len(w[0])
+    w, s, p, init = (flat(x, v) for x in (weights, momentum, point, init))
+    c = everything(q, k, v, log_decay, log_momentum, step, pull, place, lengths, chunk, window)
+    net, g = shared(w[0], activation, post, gain, bias, clip), c.grid
     kept = [x.new_empty(g.N, *x.shape) for x in (*w, *s)] if save else []
-    for part in groups(g.N, g.C, X):
-        c = local(g, part, w[0], H, masks, band, pull, bool(init), *tokens)
-        out, w, s, p = (cpp if native else torch_chunks).forward(c, turns(g, part, H), w, s, p, init, net, [x[part] for x in kept])
+    o, w, s, p = (cpp.forward if native else forward)(c, w, s, p or w, init, net, kept)
+    p = handed(turn(g, g.N, v.shape[2]), w, p)
+    return g.off(o, g.real), [x.unflatten(0, (-1, v.shape[2])) for x in (*w, *s, *(x.clone() for x in p))], kept
+
+
+def forward(c: All, w: Layers, s: Layers, point: Layers, init: Layers, net: Net, kept: Layers) -> tuple[Tensor, Layers, Layers, Layers]:
+    """-> the answers on the grid, and W, S and M' after all chunks. kept: room for what the backward needs."""
+    g, v, o = c.grid, c.tokens[2], torch.empty_like(c.tokens[2], memory_format=torch.contiguous_format)
+    for part in groups(g.N, g.C, len(w[0])):
+        group = local(g, part, w[0], v.shape[2], c.masks, c.band, c.pull, bool(init), *c.tokens)
+        out, w, s, point = torch_chunks.forward(group, turns(g, part, v.shape[2]), w, s, point, init, net, [x[part] for x in kept])
         put(o, g.N, part, out)
-    p = handed(turn(g, g.N, H), w, p)
-    return g.off(o, g.real), [x.unflatten(0, (-1, H)) for x in (*w, *s, *(x.clone() for x in p))], kept
+    return o, w, s, point
 
 
 @torch.library.custom_op("memarch::neural_memory_dual_backward", mutates_args=())
@@ -106,33 +112,47 @@ def chunked_backward(
     """-> the gradients of q, k, v, the gates, weights, momentum, point, init, gain, bias and pull, of those that there are."""
     H, L = v.shape[2], len(dstate) // (2 if log_momentum is None else 3)
     dw, ds, dp = (flat(x, v) for x in (dstate[:L], dstate[L:-L], dstate[-L:]))
-    like, init, given = dw[0], flat(init, v), flat(point, v)
-    g, masks, band, tokens = layout(q, k, v, log_decay, log_momentum, step, place, lengths, chunk, window)
-    net, wide_pull = shared(like, activation, post, gain, bias, pull, clip)
+    init, given = flat(init, v), flat(point, v)
+    c = everything(q, k, v, log_decay, log_momentum, step, pull, place, lengths, chunk, window)
+    net, g = shared(dw[0], activation, post, gain, bias, clip), c.grid
     do = g.on(do)
     do = do if g.real is None else do.masked_fill(~g.real[:, :, None, None], 0)
-    dtokens, X = [None if x is None else torch.empty_like(x) for x in tokens[:6]], len(like)
+    dw, dp = handed_back(turn(g, g.N, H), dw, dp)
+    d = (cpp.backward if native else backward)(c, kept, given, init, net, do, dw, ds, dp)
+    found = [None if x is None else g.off(x, g.given) for x in d.tokens]
+    found[3:] = [None if x is None else x.squeeze(-1) for x in found[3:]]
+    states = [*d.w, *d.s, *d.point] if given else [*added(d.w, d.point), *d.s]
+    dgain, dbias, dpull = d.outer
+    found += [None if x is None else x.unflatten(0, (-1, H)) for x in (*states, *d.init, dgain, dbias)]
+    found.append(None if dpull is None else F.pad(dpull, (0, chunk - g.C)))
+    return [x for x in found if x is not None]
+
+
+def backward(c: All, kept: Layers, given: Layers, init: Layers, net: Net, dO: Tensor, dw: Layers, ds: Layers, dpoint: Layers) -> Found:
+    """given: M' of the first chunk where that is not W. dw, ds, dpoint: of what the last one leaves; no dpoint is zeros."""
+    g, like, H = c.grid, dw[0], dO.shape[2]
+    dtokens = [None if x is None else torch.empty_like(x) for x in c.tokens[:6]]
     dinit: Layers = []
     douter: list[Maybe] = [None, None, None]
-    dw, dp = handed_back(turn(g, g.N, H), dw, dp)
-    for part in reversed(list(groups(g.N, g.C, X))):
-        c, dO = local(g, part, like, H, masks, band, wide_pull, bool(init), *tokens), cut(do, g.N, part, like.dtype)
+    for part in reversed(list(groups(g.N, g.C, len(like)))):
+        group, dout = local(g, part, like, H, c.masks, c.band, c.pull, bool(init), *c.tokens), cut(dO, g.N, part, like.dtype)
         first = [] if part.start else given
-        d = (cpp if native else torch_chunks).backward(c, turns(g, part, H), [x[part] for x in kept], first, init, net, dO, dw, ds, dp)
-        dw, ds, dp, dinit = d.w, d.s, d.point, added(dinit, d.init)
-        dlog_decay, dlog_momentum, dP, dpull = local_back(c, bool(init), d.c, d.G, d.E, d.m, masks)
-        dstep = (dP * band).sum(-1, keepdim=True).neg_()
+        d = torch_chunks.backward(group, turns(g, part, H), [x[part] for x in kept], first, init, net, dout, dw, ds, dpoint)
+        dw, ds, dpoint, dinit = d.w, d.s, d.point, added(dinit, d.init)
+        dlog_decay, dlog_momentum, dP, dpull = local_back(group, bool(init), d.c, d.G, d.E, d.m, c.masks)
+        dstep = (dP * c.band).sum(-1, keepdim=True).neg_()
         for y, x in zip(dtokens, (*d.tokens, dlog_decay, dlog_momentum, dstep), strict=True):
             if y is not None:
                 put(y, g.N, part, x)
         douter = [plus(x, y) for x, y in zip(douter, (d.gain, d.bias, dpull), strict=True)]
-    if not given:
-        dw, dp = added(dw, dp), []
-    found = [None if x is None else g.off(x, g.given) for x in dtokens]
-    found[3:] = [None if x is None else x.squeeze(-1) for x in found[3:]]
-    found += [x.unflatten(0, (-1, H)) for x in (*dw, *ds, *dp, *dinit)] + [None if x is None else x.unflatten(0, (-1, H)) for x in douter[:2]]
-    found.append(None if douter[2] is None else F.pad(douter[2], (0, chunk - g.C)))
-    return [x for x in found if x is not None]
+    return Found(dtokens, dw, ds, dpoint, dinit, douter)
+
+
+def everything(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_momentum: Maybe, step: Tensor, pull: Maybe, place: Maybe, lengths: Maybe, chunk: int, window: int
+) -> All:  # fmt: skip
+    g, masks, band, tokens = layout(q, k, v, log_decay, log_momentum, step, place, lengths, chunk, window)
+    return All(g, masks, band, window, None if pull is None else pull.to(masks[0].dtype), tokens)
 
 
 def layout(
@@ -154,9 +174,9 @@ def turns(g: Grid, part: slice, H: int) -> list[Any]:
     return [turn(g, i, H) for i in range(part.start, part.stop)]
 
 
-def shared(like: Tensor, activation: str, post: str, gain: Maybe, bias: Maybe, pull: Maybe, clip: float | None) -> tuple[Net, Maybe]:
+def shared(like: Tensor, activation: str, post: str, gain: Maybe, bias: Maybe, clip: float | None) -> Net:
     gain, bias = (None if x is None else x.to(like.dtype).flatten(0, 1)[:, None] for x in (gain, bias))
-    return Net(activation, post, gain, bias, clip), None if pull is None else pull.to(like.dtype)
+    return Net(activation, post, gain, bias, clip)
 
 
 def flat(xs: Sequence[Tensor], v: Tensor) -> Layers:

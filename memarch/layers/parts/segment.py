@@ -28,7 +28,7 @@ class SegmentWrapper(SequenceMixer):
 
     def __init__(self, inner: SequenceMixer, size: int, extra: int):
         super().__init__()
-        self.inner, self.size = inner, size
+        self.inner, self.size, self.every = inner, size, inner.every
         self.bound = size + extra  # tokens the inner mixer ever sees from its start to its end
 
     def memory(self, batch: int) -> State:
