@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memarch import create_model
+from memarch import create_model, kernels
+from memarch.kernels import native
 from memarch.layers import MambaConfig
 from memarch.layers import mamba as layers
 from memarch.optim import OptimConfig, param_groups
@@ -122,6 +123,71 @@ def test_steps_decays_and_state_are_float32(how, monkeypatch):
     assert given["x"].dtype == out.y.dtype == torch.bfloat16
     assert given["dt"].dtype == given["A"].dtype == out.state.memory.dtype == torch.float32
     assert not torch.equal(given["dt"], given["dt"].bfloat16().float()), "computed in float32, not only stored so"
+
+
+@pytest.fixture
+def one_call(monkeypatch, native_library):
+    """How often a token went through the C++ of a whole layer."""
+    if native.why_not() not in (None, native.NOT_BUILT):
+        pytest.skip(native.why_not())
+    native.build()
+    calls, run = [], layers.token.token
+    monkeypatch.setattr(layers.token, "token", lambda *given: calls.append(1) or run(*given))
+    return calls
+
+
+ONE_CALL = [MambaConfig(), MambaConfig(state=3, conv=1), MambaConfig(state=17, conv=2, expand=3, rank=2, bias=True, conv_bias=False)]
+
+
+@pytest.mark.parametrize("cfg", ONE_CALL, ids=str)
+@torch.no_grad()
+def test_one_token_in_one_call_is_what_its_parts_give(cfg, one_call):
+    """In float64 to rounding; in float32 the error against float64 is at most twice that of the parts. Steps are small, large and beyond softplus."""
+    layer = noisy(cfg.build(DIM))
+    layer.dt.bias.copy_(torch.linspace(-40, 40, len(layer.dt.bias)))
+    state, u = layer(torch.randn(3, 9, DIM, dtype=F64)).state, torch.randn(3, 1, DIM, dtype=F64)
+    kept = [leaf.clone() for leaf in state]
+    found = layer(u, state)
+    assert len(one_call) == 1 and all(map(torch.equal, state, kept)), "and the state it was given is as it was"
+    with kernels.using("torch"):
+        truth = layer(u, state)
+        close(found.y, truth.y, "output", 1e-12)
+        same_state(found.state, truth.state, "state", 1e-12)
+        layer, u, state = layer.float(), u.float(), type(state)(*(leaf.float() for leaf in state))
+        parts = layer(u, state)
+    found = layer(u, state)
+    assert len(one_call) == 2
+    for a, b, exact in zip((found.y, *found.state), (parts.y, *parts.state), (truth.y, *truth.state), strict=True):
+        error, own = ((v - exact).square().mean().sqrt() if v.numel() else 0 for v in (a, b))
+        assert a.shape == b.shape and (not a.numel() or error <= 2 * own + 16 * torch.finfo(torch.float32).eps * exact.square().mean().sqrt())
+
+
+def test_who_wants_more_than_a_token_goes_through_the_parts(one_call):
+    """Gradients, notes, several tokens, lengths, low precision, a forced implementation, a compiled graph."""
+    layer, u = MambaConfig(state=3).build(DIM), torch.randn(2, 1, DIM)
+    with torch.no_grad():
+        state = layer(torch.randn(2, 5, DIM)).state
+    assert layer(u, state).y.requires_grad
+    with torch.no_grad():
+        layer(u.expand(-1, 2, -1), state)
+        layer(u)
+        layer(u, state, lengths=torch.tensor([0, 1]))
+        sharing = MambaConfig(state=3, share=("step",)).build(DIM)
+        assert sharing(u, state).note
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(u, state)
+        for op in ("selective_scan", "short_conv"):
+            with kernels.using(**{op: "reference"}):
+                layer(u, state)
+        torch._dynamo.reset()
+        torch.compile(layer, fullgraph=True, backend="eager")(u, state)
+        low = MambaConfig(state=3).build(DIM).bfloat16()
+        low(u.bfloat16(), low.start(2))
+        with pytest.raises(ValueError, match="state is"):
+            layer(u[:1], state)
+        assert not one_call
+        layer(u, state)
+    assert len(one_call) == 1
 
 
 PUBLISHED = {"130m": 129_135_360, "370m": 371_516_416, "790m": 793_204_224, "1.4b": 1_372_178_432, "2.8b": 2_768_345_600}

@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memarch import create_model
 from memarch.config import ConfigError
-from memarch.layers import MambaConfig, MemMambaConfig
+from memarch.layers import MambaConfig, MemMambaConfig, memmamba
 from memarch.layers.mamba import Step
 from memarch.layers.parts import notes
 from memarch.layers.parts.notes import Kept, collect
+from memarch.state import take
 from zoo import DIM, F64, Chain, close, cuts, noisy, same_state
 
 SMALL = MemMambaConfig(mamba=MambaConfig(state=2), window=4, slots=3, note=5, heads=2)
@@ -163,6 +164,30 @@ def test_rows_at_different_places(name, block, monkeypatch):
         whole = run(layers, x[b : b + 1, n], None, None if dt is None else dt[b : b + 1, n])[-1]
         close(torch.cat(seen[b]), whole.y[0], f"row {b}", 1e-10)
         same_state(type(whole.state)(*(_row(leaf, b) for leaf in state[-1])), whole.state, f"row {b}", 1e-10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_one_token_at_a_time_without_gradients(name, monkeypatch):
+    """Where it is enough to look whether a note is taken, and a window without one costs no new pool. Rows at different places, and one that stands still."""
+    config, taken = CONFIGS[name], []
+    layers, collect = stacked(config), memmamba.collect
+    monkeypatch.setattr(memmamba, "collect", lambda *given: taken.append(given[2].any()) or collect(*given))
+    x = torch.randn(3, 61, DIM, generator=torch.Generator().manual_seed(3), dtype=F64)
+    dt = DT.repeat(2, 1)[:3, :61] if config.gate == "delta" else None
+    state, ys, seen = None, [], torch.zeros(3, dtype=torch.int64)
+    lengths = torch.stack([torch.ones(61, dtype=torch.int64), torch.arange(61) % 3 != 1, torch.zeros(61, dtype=torch.int64)], 1).long()  # [T, B]
+    for count in lengths:
+        at = (torch.arange(3), seen.clamp(max=60))
+        outs = run(layers, x[at][:, None], state, None if dt is None else dt[at][:, None], count)
+        state, seen = [h.state for h in outs], seen + count
+        ys.append(outs[-1].y[:, 0])
+    assert taken and all(taken) and len(taken) <= sum(int(n) // layer.cfg.window for n in seen for layer in layers)
+    for b in range(2):
+        whole = run(layers, x[b : b + 1, : seen[b]], None, None if dt is None else dt[b : b + 1, : seen[b]])[-1]
+        close(torch.stack(ys)[lengths[:, b] > 0, b], whole.y[0], f"row {b}", 1e-10)
+        same_state(take(state[-1], torch.tensor([b])), whole.state, f"row {b}", 1e-10)
+    same_state(take(state[-1], torch.tensor([2])), layers[-1].start(1), "the row that stands still", 0)
 
 
 def _row(leaf, b):

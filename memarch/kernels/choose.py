@@ -113,6 +113,11 @@ def using(impl: str | None = None, /, **ops: str) -> Iterator[None]:
         _forced.update(before)
 
 
+def forced() -> bool:
+    """Is any implementation forced?"""
+    return bool(_forced)
+
+
 def first(order: Sequence[tuple[str, str]], why_not: Callable[[str], str | None]) -> Choice:
     """The first implementation of `order` (name, what speaks for it) that can run, with what kept the better ones away."""
     kept_away: list[str] = []

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, last
-from memarch.kernels.selective_scan import selective_scan
+from memarch.kernels.selective_scan import selective_scan, token
 from memarch.kernels.selective_scan.torch_impl import LONGEST
 from memarch.layers.parts import Linear, ShortConv
 from memarch.layers.parts.gates import STEP, step_bias_
@@ -146,7 +146,13 @@ class Mamba(SequenceMixer):
 
     def forward(self, x: Tensor, state: MambaState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
         memory, tail = (None, None) if state is None else state
-        x, z = self.into(x).chunk(2, -1)  # [B, T, E]
+        xz = self.into(x)
+        if x.shape[1] == 1 and memory is not None and tail is not None and lengths is None and not self.cfg.share:
+            weights = token.Weights(self.conv.weight, self.conv.bias, self.select.weight, self.dt.weight, self.dt.bias, self.A_log, self.D)
+            if token.fits(xz, memory, tail, weights):
+                y, memory, tail = token.token(xz, memory, tail, weights)
+                return Mixed(self.out(y), MambaState(memory, tail))
+        x, z = xz.chunk(2, -1)  # [B, T, E]
         x, tail = self.conv(x, tail, lengths)
         x = F.silu(x)
         p, B, C = self.select(x).split(self.sizes, -1)

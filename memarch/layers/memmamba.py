@@ -28,7 +28,7 @@ from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
 from memarch.kernels.autocast import exact
 from memarch.layers.mamba import MambaConfig, MambaState
 from memarch.layers.parts import Linear
-from memarch.layers.parts.notes import Kept, Pool, Recall, collect, peaks, plain_
+from memarch.layers.parts.notes import Kept, Pool, Recall, collect, peaks, plain_, unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +142,11 @@ class MemMamba(SequenceMixer):
         fused, before = x, state.before
         if self.token is not None and self.open is not None:
             pull = torch.cat([before[:, None], wide_linear(x, self.open.weight)], 1).squeeze(2)  # [B, T + 1]
-            before = pull.gather(1, count[:, None])
+            before = pull[:, -1:].clone() if lengths is None else pull.gather(1, count[:, None])
             f = (pull[:, :-1] + self.open.bias).sigmoid()  # [B, T]
-            f = f * (f > self.cfg.open)
+            f = F.threshold(f, self.cfg.open, 0.0)
             fused = fused + self.token(x, [pool], f).to(x.dtype)
-            real = torch.arange(T, device=x.device) < count[:, None]
-            aux["open"] = (f.detach() * real).sum() / real.sum().clamp(min=1)
+            aux["open"] = _mean(f.detach(), lengths)
         if self.layer is not None:
             fused = fused + self.layer(x, self._below(below)).to(x.dtype)
         h = self.mamba(fused, inner, lengths=lengths)
@@ -170,9 +169,17 @@ class MemMamba(SequenceMixer):
         accepted = complete & (e > cfg.accept)
         if cfg.gate == "periodic":
             accepted &= window * cfg.window % cfg.period[0] < cfg.period[1]
-        pool, kept = collect(wide_linear(top, self.note.weight), e, accepted, state.pool, state.pos, x.shape[1], cfg.window, cfg.policy)
+        if self._idle(accepted):
+            pool, kept = unchanged(state.pool, x.shape[1]), state.pool
+        else:
+            pool, kept = collect(wide_linear(top, self.note.weight), e, accepted, state.pool, state.pos, x.shape[1], cfg.window, cfg.policy)
         aux = {"accepted": accepted.sum() / complete.sum().clamp(min=1), "full": (kept.window >= 0).float().mean()}
         return pool, kept, peak, aux
+
+    def _idle(self, accepted: Tensor) -> bool:
+        """No note is taken, as by most tokens when they come one by one. Looked at on a CPU only, where it costs no wait, and for no gradient, which the
+        map to notes then would not have."""
+        return accepted.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not accepted.any()
 
     def _below(self, below: Notes) -> list[Pool]:
         """The pools within reach, the nearest first."""
@@ -181,6 +188,14 @@ class MemMamba(SequenceMixer):
             if pool.s.shape[-1] != self.cfg.note:
                 raise ValueError(f"this memmamba reads notes of width {self.cfg.note}, and a layer below posts {pool.s.shape[-1]}. Give both the same note.")
         return list(pools)
+
+
+def _mean(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Of x [B, T] over the real tokens."""
+    if lengths is None:
+        return x.mean()
+    real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return (x * real).sum() / real.sum().clamp(min=1)
 
 
 @exact

@@ -274,6 +274,59 @@ void backward(const F* dy, const F* dlast, const Inputs<F>& in, const F* states,
   }
 }
 
+template <class F>
+inline F dot(const F* a, const F* b, Int n) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (Int i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+template <class F>
+struct Maps {  // K taps, P numbers that the steps are made of
+  const F *conv, *conv_bias, *select, *dt, *dt_bias, *A_log, *D;  // [E, K], [E] or null, [P + 2 N, E], [E, P], [E], [E, N], [E]
+};
+
+// One token of a whole Mamba layer, between its maps into [R, 2 E] and out of [R, E]: what lies there is many small things, each a call otherwise.
+template <class F>
+void token(const F* xz, const F* tail, const F* memory, const Maps<F>& maps, F* y, F* new_tail, F* new_memory, Int R, Int E, Int N, Int K, Int P,
+           Int threads) {
+#pragma omp parallel num_threads(std::min(R, threads))
+  {
+    std::vector<F> x(E), dt(E), chosen(P + 2 * N);
+    const F *B = chosen.data() + P, *C = B + N;
+#pragma omp for schedule(static)
+    for (Int row = 0; row < R; row++) {
+      const F *now = xz + row * 2 * E, *z = now + E, *before = tail + row * (K - 1) * E;
+      F* after = new_tail + row * (K - 1) * E;
+      for (Int k = 0; k < K - 1; k++) std::copy_n(k < K - 2 ? before + (k + 1) * E : now, E, after + k * E);
+#pragma omp simd
+      for (Int e = 0; e < E; e++) {
+        F sum = maps.conv[e * K + K - 1] * now[e] + (maps.conv_bias ? maps.conv_bias[e] : 0);
+        for (Int k = 0; k < K - 1; k++) sum += maps.conv[e * K + k] * before[k * E + e];
+        x[e] = sum * sigmoid(sum);
+      }
+      for (Int j = 0; j < P + 2 * N; j++) chosen[j] = dot(maps.select + j * E, x.data(), E);
+      for (Int e = 0; e < E; e++) {
+        const F step = maps.dt_bias[e] + dot(maps.dt + e * P, chosen.data(), P);
+        dt[e] = step > 20 ? step : std::log1p(power_of_2(F(LOG2E) * step));  // torch's softplus
+      }
+      for (Int e = 0; e < E; e++) {
+        const Int at = (row * E + e) * N;
+        const F rate = F(-LOG2E) * dt[e], u = dt[e] * x[e];
+        F sum = maps.D[e] * x[e];
+#pragma omp simd reduction(+ : sum)
+        for (Int n = 0; n < N; n++) {
+          const F h = power_of_2(rate * power_of_2(F(LOG2E) * maps.A_log[e * N + n])) * memory[at + n] + u * B[n];
+          new_memory[at + n] = h;
+          sum += h * C[n];
+        }
+        y[row * E + e] = sum * z[e] * sigmoid(z[e]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #define SCAN(F, f)                                                                                                                                    \
@@ -286,6 +339,12 @@ void backward(const F* dy, const F* dlast, const Inputs<F>& in, const F* states,
                                              const F* z, const F* states, const Int* lengths, F* dx, F* ddt, F* dA, F* dB, F* dC, F* dD, F* dz,       \
                                              F* dstate, Int R, Int T, Int E, Int N, Int S, Int parts, Int threads) {                                  \
     backward<F>(dy, dlast, {x, dt, A, B, C, D, z, lengths, R, T, E, N, S}, states, {dx, ddt, dA, dB, dC, dD, dz, dstate}, parts, threads);            \
+    return 0;                                                                                                                                         \
+  }                                                                                                                                                   \
+  extern "C" Int mamba_token_##f(const F* xz, const F* tail, const F* memory, const F* conv, const F* conv_bias, const F* select, const F* dt,        \
+                                 const F* dt_bias, const F* A_log, const F* D, F* y, F* new_tail, F* new_memory, Int R, Int E, Int N, Int K, Int P,   \
+                                 Int threads) {                                                                                                       \
+    token<F>(xz, tail, memory, {conv, conv_bias, select, dt, dt_bias, A_log, D}, y, new_tail, new_memory, R, E, N, K, P, threads);                    \
     return 0;                                                                                                                                         \
   }
 SCAN(float, f32)

@@ -28,6 +28,7 @@ ORDER = (
     ("triton", "one kernel forward and one backward"),
     ("torch", "shifted multiply-adds: the product path without a GPU"),
 )
+STEP = Choice("torch", "one token is a step, on a CPU in torch alone")  # and asking which can run takes as long as the step
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, D: int = 256, W: int = 4, here: Machine = NO_GPU) -> str | None:
@@ -53,8 +54,15 @@ def short_conv(
     """x [B,T,D], weight [D,W], bias [D] or None, state [B,W-1,D] or None (zeros), lengths [B] or None -> y [B,T,D], the new state
     [B,W-1,D], both in x's dtype. Tokens at t >= lengths[b] do not enter the state; lengths 0 keeps it."""
     _check(x, weight, bias, state, lengths)
-    here, shape = machine(x.device.type), (x.device.type, x.dtype, x.shape[-1], weight.shape[-1])
-    name = settle("short_conv", IMPLEMENTATIONS, impl, lambda n: why_not(n, *shape, here), lambda: pick(*shape, here))
+    shape = x.device.type, x.dtype, x.shape[-1], weight.shape[-1]
+
+    def cannot(name: str) -> str | None:
+        return why_not(name, *shape, machine(x.device.type))
+
+    def choice() -> Choice:
+        return STEP if x.shape[1] == 1 and x.device.type == "cpu" and x.is_floating_point() else pick(*shape, machine(x.device.type))
+
+    name = settle("short_conv", IMPLEMENTATIONS, impl, cannot, choice)
     return IMPLEMENTATIONS[name](x, weight, bias, state, lengths)
 
 

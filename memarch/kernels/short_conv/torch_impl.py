@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    if state is not None:
+    if state is not None and state.dtype != x.dtype:
         state = state.to(x.dtype)
     if x.shape[1] == 1:
         return step(x, weight, bias, state, lengths)
@@ -28,9 +28,11 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, l
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(B, weight.shape[1] - 1, D) if state is None else state
     seen = torch.cat([state, x], 1)  # [B, W, D]
-    y = (seen.to(dtype) * weight.mT.to(dtype)).sum(1, keepdim=True)
-    y = y if bias is None else y + bias.to(dtype)
-    return y.to(x.dtype), seen[:, 1:].clone() if lengths is None else torch.where((lengths > 0)[:, None, None], seen[:, 1:], state)
+    wide, taps = (v if v.dtype == dtype else v.to(dtype) for v in (seen, weight))  # a call for nothing costs as much as a product
+    y = (wide * taps.mT).sum(1, keepdim=True)
+    y = y if bias is None else y + bias  # in the wider of their dtypes
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y, seen[:, 1:].clone() if lengths is None else torch.where((lengths > 0)[:, None, None], seen[:, 1:], state)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> y [B, T, D], the new tail [B, W-1, D]."""
-        y, new = short_conv(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), tail if tail is None else tail.to(x.dtype), lengths=lengths
-        )
-        return y, new.to(self.weight.dtype)
+        weight = self.weight
+        if weight.dtype == x.dtype and (tail is None or tail.dtype == x.dtype):  # else conversions, which cost one token as much as its products
+            return short_conv(x, weight, self.bias, tail, lengths=lengths)
+        bias, tail = (None if v is None else v.to(x.dtype) for v in (self.bias, tail))
+        y, new = short_conv(x, weight.to(x.dtype), bias, tail, lengths=lengths)
+        return y, new.to(weight.dtype)

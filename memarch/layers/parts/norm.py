@@ -17,10 +17,11 @@ class RMSNorm(nn.Module):
         self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
+        weight = self.weight
+        x = x if x.dtype == weight.dtype else x.to(weight.dtype)
         if self.groups == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.unflatten(-1, (self.groups, -1)), [x.shape[-1] // self.groups], eps=self.eps).flatten(-2) * self.weight
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x.unflatten(-1, (self.groups, -1)), [x.shape[-1] // self.groups], eps=self.eps).flatten(-2) * weight
 
 
 def l2_norm(x: Tensor, scale: float = 1.0, eps: float = 1e-6) -> Tensor:

@@ -46,6 +46,11 @@ def peaks(x: Tensor, left: Tensor, size: int, place: Tensor | None, count: Tenso
         whole = T // size
         closed, rest = x.split([whole * size, T - whole * size], 1)
         return closed.unflatten(1, (whole, size)).amax(2), rest.amax(1) if rest.shape[1] else torch.zeros_like(left)
+    if T == 1:  # it is in the open window, which may close with it
+        top = torch.where(place[:, None] > 0, torch.maximum(x[:, 0], left), x[:, 0])
+        top = torch.where(count[:, None] > 0, top, left)
+        shut = (place + count == size)[:, None]
+        return torch.where(shut, top, 0)[:, None], torch.where(shut, 0, top)
     begin = size * torch.arange((2 * size - 2 + T) // size, device=x.device) - place[:, None]  # [B, G] each window's first token, before 0 if it is past
     at = begin.clamp(min=0)[..., None] + torch.arange(min(size, T), device=x.device)  # [B, G, w]
     real = at < torch.minimum(begin + size, count[:, None])[..., None]
@@ -57,6 +62,11 @@ def peaks(x: Tensor, left: Tensor, size: int, place: Tensor | None, count: Tenso
     last = top.gather(1, done.clamp(max=top.shape[1] - 1)[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
     shut = torch.arange(top.shape[1], device=x.device) < done[:, None]
     return torch.where(shut[..., None], top, 0), torch.where(more[:, None] > 0, last, 0)
+
+
+def unchanged(kept: Kept, T: int) -> Pool:
+    """What T tokens see among which no note is taken."""
+    return Pool(kept.s[:, None], kept.e[:, None], (kept.window >= 0)[:, None, None].expand(-1, -1, T, -1))
 
 
 def collect(s: Tensor, e: Tensor, accepted: Tensor, kept: Kept, pos: Tensor, T: int, size: int, policy: Literal["priority", "fifo"]) -> tuple[Pool, Kept]:
@@ -135,14 +145,19 @@ class Recall(nn.Module):
     def forward(self, x: Tensor, pools: Sequence[Pool], gate: Tensor | None = None) -> Tensor:
         """x [B, T, D], gate [B, T] -> [B, T, D]."""
         T, (_, blocks, n, _) = x.shape[1], pools[0].seen.shape
-        s = torch.cat([pool.s for pool in pools], 2).to(self.k.weight.dtype)
-        k, v = self.k(s), self.v(s)  # [B, blocks, P, A]
+        s, e, seen = (torch.cat(parts, dim) if len(pools) > 1 else parts[0] for parts, dim in zip(zip(*pools, strict=True), (2, 2, 3), strict=True))
+        distance = None
         if self.distance is not None:
-            k = k + torch.cat([d.expand(pool.e.shape[2], -1) for pool, d in zip(pools, self.distance, strict=False)])
-        q = F.pad(self.q(x), (0, 0, 0, blocks * n - T)).unflatten(1, (blocks, n))
-        e, seen = torch.cat([pool.e for pool in pools], 2), torch.cat([pool.seen for pool in pools], 3)
-        o = _attend(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)), e, seen)  # [B, blocks, n, A]
-        o = o.flatten(1, 2)[:, :T]
+            distance = torch.cat([d.expand(pool.e.shape[2], -1) for pool, d in zip(pools, self.distance, strict=False)])  # [P, A]
+        if T == 1:
+            o = _attend_once(self.q(x), self.k.weight, self.v.weight, s[:, 0], e[:, 0], seen[:, 0, 0], distance, self.heads)
+        else:
+            s = s.to(self.k.weight.dtype)
+            k, v = self.k(s), self.v(s)  # [B, blocks, P, A]
+            k = k if distance is None else k + distance
+            q = F.pad(self.q(x), (0, 0, 0, blocks * n - T)).unflatten(1, (blocks, n))
+            o = _attend(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)), e, seen)  # [B, blocks, n, A]
+            o = o.flatten(1, 2)[:, :T]
         if gate is not None:
             o = o * gate[..., None]
         return self.alpha * self.out(o.to(self.out.weight.dtype))
@@ -156,6 +171,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, e: Tensor, seen: Tensor) -> Tensor:
     bias = torch.where(seen, torch.where(e > 0, e, 1).log()[:, :, None], -torch.inf)  # [B, blocks, n, P]
     logits = q @ k.mT * q.shape[-1] ** -0.5 + F.pad(bias, (1, 0))[:, :, None]
     return (logits.softmax(-1) @ v).transpose(2, 3).flatten(3)
+
+
+@exact
+def _attend_once(q: Tensor, key: Tensor, value: Tensor, s: Tensor, e: Tensor, seen: Tensor, distance: Tensor | None, heads: int) -> Tensor:
+    """The same for one token: q . W s is (q W) . s, which maps one query instead of all notes. q [B, 1, A], key and value [A, r], s [B, P, r], e and
+    seen [B, P], distance [P, A] -> [B, 1, A]."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    key, value = (weight.to(dtype).unflatten(0, (heads, -1)) for weight in (key, value))  # [H, width, r]
+    q, s = q.to(dtype).squeeze(1).unflatten(1, (heads, -1)).transpose(0, 1) * key.shape[1] ** -0.5, s.to(dtype)  # [H, B, width]
+    logits = (q @ key).transpose(0, 1) @ s.mT  # [B, H, P]
+    if distance is not None:
+        logits = logits + (q @ distance.to(dtype).unflatten(-1, (heads, -1)).permute(1, 2, 0)).transpose(0, 1)
+    bias = torch.where(seen, torch.where(e > 0, e, 1).log(), -torch.inf)
+    read = F.pad(logits + bias[:, None], (1, 0)).softmax(-1)[..., 1:] @ s  # [B, H, r]; the slot that is always there adds nothing
+    return (read.transpose(0, 1) @ value.mT).transpose(0, 1).flatten(1)[:, None]
 
 
 def plain_(linear: Any, generator: torch.Generator) -> None:
