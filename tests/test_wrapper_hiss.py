@@ -172,6 +172,15 @@ def test_wrappers_nest(wrap):
         same_state(out.state, whole.state, "final")
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_how_strong_a_reading_is_comes_through(layers):
+    """From the first step on: what twice the reading adds is near to twice what the reading adds. Norms alone would make it 1 times."""
+    low = LM(LMConfig(dim=32, layers=1, parts=parts("mamba"), wrap=(HiSSConfig(low=LowConfig(layers=layers)),))).backbone.low
+    x = torch.randn(50, 10, 32, generator=torch.Generator().manual_seed(0))
+    zero, once, twice = (low(a * x).y[:, -1] for a in (0, 0.5, 1))
+    assert 1.75 < (twice - zero).norm() / (once - zero).norm() < 2.25
+
+
 def test_losses_of_the_low_stack_reach_the_output():
     low = LowConfig(mixer=GatedDeltaConfig(heads=2), ffn=MoEConfig(experts=4, hidden=8))
     hiss, x = built(low=low), inputs(12)

@@ -25,6 +25,9 @@ from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer, State, under
 from memarch.layers import AttentionConfig, ChannelConfig, GatedDeltaConfig, MambaConfig, MixerConfig, SwiGLUConfig
 from memarch.layers.parts import Linear, RMSNorm
+from memarch.layers.parts.linear import normal_
+
+OFFSET = 2.0  # standard deviation over the channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class LowConfig:
     def num_params(self, dim: int) -> int:
         wide = self.dim or dim
         parts = [part.num_params(wide) + wide for part in (self.mixer, self.ffn) if part is not None]
-        return self.layers * sum(parts) + wide + (0 if self.dim is None else wide * (dim + 1) + dim * (wide + 1))
+        return self.layers * sum(parts) + 2 * wide + (0 if self.dim is None else wide * (dim + 1) + dim * (wide + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,10 @@ class HiSSConfig(LayerConfig):
 
 
 class Low(SequenceMixer):
-    """Pre-norm blocks, a final norm, and a map at both ends where the width is another."""
+    """Pre-norm blocks on top of an offset, a final norm, and a map at both ends where the width is another.
+
+    A norm keeps directions only, but how strong a reading is must come through, or nothing can be summed up. The offset is larger than what it is added
+    to, and the residual stream hands it on: what the norms divide by, here and in the backbone, hardly depends on the reading."""
 
     def __init__(self, cfg: LowConfig, dim: int, room: int):
         super().__init__()
@@ -88,6 +94,7 @@ class Low(SequenceMixer):
         ffns = [] if cfg.ffn is None else [cfg.ffn.make(wide, {}) for _ in range(n)]
         self.ffn_norms = nn.ModuleList(RMSNorm(wide) for _ in ffns)
         self.ffns: Any = nn.ModuleList(ffns)
+        self.offset = nn.Parameter(torch.empty(wide))
         self.norm = RMSNorm(wide)
         self.out = None if cfg.dim is None else Linear(wide, dim, bias=True)
         reads = getattr(self.mixers[0], "reads", ())
@@ -96,6 +103,7 @@ class Low(SequenceMixer):
     def init_(self, depth: int, generator: torch.Generator) -> None:
         for norm in (*self.norms, *self.ffn_norms, self.norm):
             norm.init_()
+        normal_(self.offset, OFFSET, generator)
         for layer in (*self.mixers, *self.ffns):
             layer.init_(len(self.mixers), generator)
         for linear in (self.into, self.out):
@@ -106,14 +114,14 @@ class Low(SequenceMixer):
         """A history has the length that an open chunk may need, from the start: as many pads are fed."""
         if all(mixer.grows() == 0 for mixer in self.mixers):
             return tuple(mixer.start(batch) for mixer in self.mixers)
-        pads = self.norm.weight.new_zeros(batch, self.room, self.dim)
+        pads = self.offset.new_zeros(batch, self.room, self.dim)
         return self(pads, lengths=torch.zeros(batch, dtype=torch.int64, device=pads.device)).state
 
     def fit(self, state: State, like: State) -> State:
         return states.trim(state, states.grew(like, state), self.room)
 
     def forward(self, x: Tensor, state: State | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
-        x = x if self.into is None else self.into(x)
+        x = (x if self.into is None else self.into(x)) + self.offset
         aux: dict[str, Tensor] = {}
         new = []
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
@@ -157,7 +165,7 @@ class HiSS(SequenceMixer):
         self.low.init_(depth, generator)
 
     def start(self, batch: int) -> HiSSState:
-        like = self.low.norm.weight
+        like = self.low.offset
         place = torch.zeros(batch, dtype=torch.int64, device=like.device)
         return HiSSState(self.low.start(batch), self.inner.start(batch), like.new_zeros(batch, self.dim), place)
 
