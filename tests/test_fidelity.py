@@ -133,15 +133,15 @@ def test_eclmf_is_its_formula(name):
         return (Y[on] - X[on] @ W).square().sum()
 
     table = probe(model, x)
-    assert table.parts["blocks"] and {row["gap"] for row in table.parts["ECLMF"]} == {g for g in (1, 2, 5, 10) if g < len(states)}
+    assert table.parts["blocks"] and {row["apart"] for row in table.parts["ECLMF"]} == {g for g in (1, 2, 5, 10) if g < len(states)}
     for row in table.parts["blocks"]:
-        X, Y = states[row["block"]], states[row["block"] + row["gap"]]
+        X, Y = states[row["block"]], states[row["block"] + row["apart"]]
         whole, cut = left(slice(None), slice(None), X, Y).sqrt(), (left(*halves, X, Y) + left(*halves[::-1], X, Y)).sqrt()
         for of, size in (("x", X.norm()), ("y", Y.norm())):
             assert row[f"{of}_in_sample"] == pytest.approx((1 - whole / size).item(), abs=1e-6)
             assert row[f"{of}_held_out"] == pytest.approx((1 - cut / size).item(), abs=1e-6)
     for row in table.parts["ECLMF"]:
-        mean = [np.mean([b[view] for b in table.parts["blocks"] if b["gap"] == row["gap"]]) for view in VIEWS]
+        mean = [np.mean([b[view] for b in table.parts["blocks"] if b["apart"] == row["apart"]]) for view in VIEWS]
         assert [row[view] for view in VIEWS] == pytest.approx(mean, abs=1e-12)
 
 
@@ -236,8 +236,8 @@ def test_inspect_fidelity_reads_what_the_run_learned_from(run, capsys):
         assert re.search(words, out), out
     folder = run / "export" / "evaluation"
     table = report.read(folder / "fidelity.json")
-    assert {row["gap"] for row in table.parts["ECLMF"]} == {1, 2} and table.about["task"]["data"]["vocab_size"] == 128
-    assert [row["block"] for row in table.parts["blocks"] if row["gap"] == 2] == [0, 1]
+    assert {row["apart"] for row in table.parts["ECLMF"]} == {1, 2} and table.about["task"]["data"]["vocab_size"] == 128
+    assert [row["block"] for row in table.parts["blocks"] if row["apart"] == 2] == [0, 1]
     assert all((folder / f"fidelity{end}").stat().st_size for end in (".csv", "-ECLMF.csv", "-blocks.csv", ".png"))
 
 

@@ -89,11 +89,11 @@ def fidelity(args: argparse.Namespace) -> None:
     show(table, out)
     if "ECLMF" in table.parts:
         title = f"fidelity: ECLMF, mean over blocks ({table.about['states']} tokens, width {model.config.dim})"
-        grid = Table("gap", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        grid = Table("apart", box=box.SIMPLE_HEAD, title=title, title_justify="left")
         for form in FORMS.values():
             grid.add_column(form, justify="right", no_wrap=True)
         for row in table.parts["ECLMF"]:
-            grid.add_row(str(row["gap"]), *(f"{row[form]:.3f}" for form in FORMS))
+            grid.add_row(str(row["apart"]), *(f"{row[form]:.3f}" for form in FORMS))
         out.print(grid)
     folder = Path(args.out) if args.out else default_folder(args.model)
     for file in write(table, folder, pdf=args.pdf):

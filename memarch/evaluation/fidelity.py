@@ -57,7 +57,7 @@ class Fidelity:
 
     metric: ClassVar[str] = "ETMF"
     grid: ClassVar[dict[str, str]] = {"distance": "distances"}
-    parts: ClassVar[dict[str, tuple[str, ...]]] = {"ECLMF": ("gap",), "blocks": ("block", "gap")}
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {"ECLMF": ("apart",), "blocks": ("block", "apart")}
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, f"tokens = {self.tokens}: must be at least 1.")
@@ -252,9 +252,9 @@ class Moments:
         means, blocks = [], []
         for gap in gaps:
             scores = self.scores(gap, ridge)
-            means.append({"gap": gap, **{name: value.mean().item() for name, value in scores.items()}})
+            means.append({"apart": gap, **{name: value.mean().item() for name, value in scores.items()}})
             each = zip(*(value.tolist() for value in scores.values()), strict=True)
-            blocks += [{"block": i, "gap": gap, **dict(zip(scores, values, strict=True))} for i, values in enumerate(each)]
+            blocks += [{"block": i, "apart": gap, **dict(zip(scores, values, strict=True))} for i, values in enumerate(each)]
         return {"ECLMF": tuple(means), "blocks": tuple(blocks)}
 
 

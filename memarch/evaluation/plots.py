@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from memarch.config import ConfigError
+from memarch.evaluation.fidelity import FORMS
 from memarch.evaluation.table import Row, Table
 
 COLUMN = 3.4  # inches
@@ -46,9 +47,11 @@ UNITS = {
     "depth": "depth of the needle (share of the text before it)",
     "distance": "distance (tokens)",
     "block": "from block",
+    "apart": "blocks apart",
     "pairs": "pairs",
     "copies": "tokens to copy",
     "accuracy": "accuracy",
+    **{name: f"ECLMF, {form}" for name, form in FORMS.items()},
     "bits_per_byte": "bits per byte",
     "bits_per_token": "bits per token",
     "nmse": "squared error / variance",
@@ -126,10 +129,11 @@ def around(values: Sequence[float], log: bool = False) -> tuple[float, float]:
 
 
 def ticks(ax: Axes, at: Sequence[float], log: bool = False) -> None:
-    """Ticks where there are numbers; when they are many, every second or third of them, or powers of two."""
+    """Ticks where there are numbers; when they or their digits are many, every second or third of them, or powers of two."""
     if log and len(at) > 9:
         at = [2.0**i for i in range(math.ceil(math.log2(min(at))), math.floor(math.log2(max(at))) + 1)]
-    at = list(at)[:: 1 + (len(at) - 1) // 9]
+    digits = max(len(f"{v:g}") for v in at)
+    at = list(at)[:: 1 + (len(at) - 1) // min(9, 36 // digits)]
     ax.xaxis.set_major_locator(FixedLocator(at))
     ax.set_xticks(at, [f"{v:g}" for v in at])
     ax.xaxis.set_minor_locator(NullLocator())
@@ -243,12 +247,12 @@ def fidelity(table: Table) -> Figure:
     blocks = [{**row, "error": None} for row in table.parts.get("blocks", ())]
 
     def named(rows: Sequence[Row], x: str, y: str, group: str) -> list[Line]:
-        return [line._replace(label=f"{group} {line.label}") for line in lines_of(rows, x, y, group)]
+        return [line._replace(label=f"{line.label} apart" if group == "apart" else f"{group} {line.label}") for line in lines_of(rows, x, y, group)]
 
     with figure(4.6 if blocks else 1.8, panels=3 if blocks else 1) as (fig, (top, *below)):
         draw_lines(top, named(table.rows, "distance", table.metric, "offset"), "distance", table.metric, log=False)
         for ax, (form, title) in zip(below, forms.items(), strict=False):
-            draw_lines(ax, named(blocks, "block", form, "gap"), "block", "ECLMF", ordered=True, log=False)
+            draw_lines(ax, named(blocks, "block", form, "apart"), "block", "ECLMF", ordered=True, log=False)
             ax.set_title(title, fontsize=7, loc="left", pad=3)
         for ax in below[:-1]:
             ax.set_xlabel("")
