@@ -90,7 +90,7 @@ MUTATIONS = [
         LAWS,
     ),
     Mutation("mix rows", HEADS, "o = self.norm(o).flatten(2)  # [B, T, H V]", "o = self.norm(o + 1e-3 * o.mean(0, keepdim=True)).flatten(2)", LAWS),
-    Mutation("pads enter the history", AT, "newest(keys, kept, lengths, T).to(dtype)", "newest(keys, kept, None, T).to(dtype)", LAWS),
+    Mutation("pads enter the history", AT, "newest(k, kept, lengths, T).to(dtype)", "newest(k, kept, None, T).to(dtype)", LAWS),
     Mutation(
         "positions restart in every call",
         AT,

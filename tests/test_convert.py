@@ -104,7 +104,7 @@ def test_there_and_back_is_the_same_bit_for_bit(mixer, dtype, tmp_path):
     mine, found = model.state_dict(), back.state_dict()
     assert mine.keys() == found.keys() and back.head.weight is back.embed.weight
     assert all(torch.equal(x, found[name]) and x.dtype == found[name].dtype == dtype for name, x in mine.items())
-    assert back.config.block(0).mixer == dataclasses.replace(mixer, rank=mixer.ranks(64), init="standard") and back.config.norm_eps == 1e-4
+    assert back.config.block(0).mixer == dataclasses.replace(mixer, rank=mixer.ranks(64), init="standard", share=()) and back.config.norm_eps == 1e-4
 
 
 def test_every_word_of_state_spaces_is_heard(tmp_path):
