@@ -126,12 +126,14 @@ def call(name: str, *args: Tensor | int | None) -> int:
     if path not in _loaded:
         _loaded[path] = ctypes.CDLL(str(build()))
     function: Any = getattr(_loaded[path], name)
-    function.restype = ctypes.c_int64
-    return function(*(_argument(x) for x in args), ctypes.c_int64(torch.get_num_threads()))
+    if function.argtypes is None:  # said once: to wrap every argument of every call takes twice as long as the call
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_int64 if isinstance(x, int) else ctypes.c_void_p for x in (*args, 0)]
+    return function(*map(_argument, args), torch.get_num_threads())
 
 
-def _argument(x: Tensor | int | None) -> Any:
+def _argument(x: Tensor | int | None) -> int | None:
     if isinstance(x, Tensor):
-        assert x.is_contiguous() and x.device.type == "cpu"
-        return ctypes.c_void_p(x.data_ptr())
-    return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)
+        assert x.is_contiguous() and x.is_cpu
+        return x.data_ptr()
+    return x
