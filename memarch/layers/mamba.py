@@ -146,13 +146,14 @@ class Mamba(SequenceMixer):
 
     def forward(self, x: Tensor, state: MambaState | None = None, *, below: Notes = EMPTY, lengths: Tensor | None = None) -> Mixed:
         memory, tail = (None, None) if state is None else state
-        xz = self.into(x)
         if x.shape[1] == 1 and memory is not None and tail is not None and lengths is None and not self.cfg.share:
-            weights = token.Weights(self.conv.weight, self.conv.bias, self.select.weight, self.dt.weight, self.dt.bias, self.A_log, self.D)
-            if token.fits(xz, memory, tail, weights):
-                y, memory, tail = token.token(xz, memory, tail, weights)
-                return Mixed(self.out(y), MambaState(memory, tail))
-        x, z = xz.chunk(2, -1)  # [B, T, E]
+            into, conv, out = self.into, self.conv, self.out
+            most = self.select.weight, self.dt.weight, self.dt.bias, self.A_log, self.D
+            weights = token.Weights(into.weight, into.bias, conv.weight, conv.bias, *most, out.weight, out.bias)
+            if token.fits(x, memory, tail, weights):
+                y, memory, tail = token.token(x, memory, tail, weights)
+                return Mixed(y, MambaState(memory, tail))
+        x, z = self.into(x).chunk(2, -1)  # [B, T, E]
         x, tail = self.conv(x, tail, lengths)
         x = F.silu(x)
         p, B, C = self.select(x).split(self.sizes, -1)

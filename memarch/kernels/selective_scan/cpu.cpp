@@ -282,22 +282,44 @@ inline F dot(const F* a, const F* b, Int n) {
   return sum;
 }
 
+// y [rows] = w x + b, w [rows, n], b [rows] or null: four rows at a time, so that x is loaded once for them and no sum waits for itself.
+template <class F>
+inline void map(const F* w, const F* b, const F* x, F* y, Int rows, Int n) {
+  Int j = 0;
+  for (; j + 4 <= rows; j += 4) {
+    const F *w0 = w + j * n, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;
+    F s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (Int i = 0; i < n; i++) {
+      s0 += w0[i] * x[i];
+      s1 += w1[i] * x[i];
+      s2 += w2[i] * x[i];
+      s3 += w3[i] * x[i];
+    }
+    y[j] = s0, y[j + 1] = s1, y[j + 2] = s2, y[j + 3] = s3;
+  }
+  for (; j < rows; j++) y[j] = dot(w + j * n, x, n);
+  if (b)
+    for (j = 0; j < rows; j++) y[j] += b[j];
+}
+
 template <class F>
 struct Maps {  // K taps, P numbers that the steps are made of
-  const F *conv, *conv_bias, *select, *dt, *dt_bias, *A_log, *D;  // [E, K], [E] or null, [P + 2 N, E], [E, P], [E], [E, N], [E]
+  const F *into, *into_bias, *conv, *conv_bias, *select, *dt, *dt_bias, *A_log, *D, *out, *out_bias;
 };
 
-// One token of a whole Mamba layer, between its maps into [R, 2 E] and out of [R, E]: what lies there is many small things, each a call otherwise.
+// One token of a whole Mamba layer: it is many small things, each a call otherwise. u and y [R, width].
 template <class F>
-void token(const F* xz, const F* tail, const F* memory, const Maps<F>& maps, F* y, F* new_tail, F* new_memory, Int R, Int E, Int N, Int K, Int P,
-           Int threads) {
+void token(const F* u, const F* tail, const F* memory, const Maps<F>& maps, F* y, F* new_tail, F* new_memory, Int R, Int width, Int E, Int N, Int K,
+           Int P, Int threads) {
 #pragma omp parallel num_threads(std::min(R, threads))
   {
-    std::vector<F> x(E), dt(E), chosen(P + 2 * N);
+    std::vector<F> xz(2 * E), x(E), dt(E), grown(E), chosen(P + 2 * N);
     const F *B = chosen.data() + P, *C = B + N;
 #pragma omp for schedule(static)
     for (Int row = 0; row < R; row++) {
-      const F *now = xz + row * 2 * E, *z = now + E, *before = tail + row * (K - 1) * E;
+      const F *now = xz.data(), *z = now + E, *before = tail + row * (K - 1) * E;
+      map(maps.into, maps.into_bias, u + row * width, xz.data(), 2 * E, width);
       F* after = new_tail + row * (K - 1) * E;
       for (Int k = 0; k < K - 1; k++) std::copy_n(k < K - 2 ? before + (k + 1) * E : now, E, after + k * E);
 #pragma omp simd
@@ -306,11 +328,11 @@ void token(const F* xz, const F* tail, const F* memory, const Maps<F>& maps, F* 
         for (Int k = 0; k < K - 1; k++) sum += maps.conv[e * K + k] * before[k * E + e];
         x[e] = sum * sigmoid(sum);
       }
-      for (Int j = 0; j < P + 2 * N; j++) chosen[j] = dot(maps.select + j * E, x.data(), E);
-      for (Int e = 0; e < E; e++) {
-        const F step = maps.dt_bias[e] + dot(maps.dt + e * P, chosen.data(), P);
-        dt[e] = step > 20 ? step : std::log1p(power_of_2(F(LOG2E) * step));  // torch's softplus
-      }
+      map(maps.select, static_cast<const F*>(nullptr), x.data(), chosen.data(), P + 2 * N, E);
+      map(maps.dt, maps.dt_bias, chosen.data(), dt.data(), E, P);
+#pragma omp simd
+      for (Int e = 0; e < E; e++) grown[e] = power_of_2(F(LOG2E) * std::min(dt[e], F(20)));
+      for (Int e = 0; e < E; e++) dt[e] = dt[e] > 20 ? dt[e] : std::log1p(grown[e]);  // torch's softplus
       for (Int e = 0; e < E; e++) {
         const Int at = (row * E + e) * N;
         const F rate = F(-LOG2E) * dt[e], u = dt[e] * x[e];
@@ -321,8 +343,9 @@ void token(const F* xz, const F* tail, const F* memory, const Maps<F>& maps, F* 
           new_memory[at + n] = h;
           sum += h * C[n];
         }
-        y[row * E + e] = sum * z[e] * sigmoid(z[e]);
+        x[e] = sum * z[e] * sigmoid(z[e]);
       }
+      map(maps.out, maps.out_bias, x.data(), y + row * width, width, E);
     }
   }
 }
@@ -341,10 +364,11 @@ void token(const F* xz, const F* tail, const F* memory, const Maps<F>& maps, F* 
     backward<F>(dy, dlast, {x, dt, A, B, C, D, z, lengths, R, T, E, N, S}, states, {dx, ddt, dA, dB, dC, dD, dz, dstate}, parts, threads);            \
     return 0;                                                                                                                                         \
   }                                                                                                                                                   \
-  extern "C" Int mamba_token_##f(const F* xz, const F* tail, const F* memory, const F* conv, const F* conv_bias, const F* select, const F* dt,        \
-                                 const F* dt_bias, const F* A_log, const F* D, F* y, F* new_tail, F* new_memory, Int R, Int E, Int N, Int K, Int P,   \
-                                 Int threads) {                                                                                                       \
-    token<F>(xz, tail, memory, {conv, conv_bias, select, dt, dt_bias, A_log, D}, y, new_tail, new_memory, R, E, N, K, P, threads);                    \
+  extern "C" Int mamba_token_##f(const F* u, const F* tail, const F* memory, const F* into, const F* into_bias, const F* conv, const F* conv_bias,    \
+                                 const F* select, const F* dt, const F* dt_bias, const F* A_log, const F* D, const F* out, const F* out_bias, F* y,   \
+                                 F* new_tail, F* new_memory, Int R, Int width, Int E, Int N, Int K, Int P, Int threads) {                             \
+    token<F>(u, tail, memory, {into, into_bias, conv, conv_bias, select, dt, dt_bias, A_log, D, out, out_bias}, y, new_tail, new_memory, R, width,    \
+             E, N, K, P, threads);                                                                                                                    \
     return 0;                                                                                                                                         \
   }
 SCAN(float, f32)
