@@ -93,4 +93,6 @@ def last(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 def under(prefix: str, aux: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names seen from one level up: `loss/balance` becomes `loss/blocks.3.ffn.balance`, a gauge `usage` becomes `blocks.3.ffn.usage`."""
+    if not aux:
+        return {}
     return {f"loss/{prefix}.{name[5:]}" if name.startswith("loss/") else f"{prefix}.{name}": value for name, value in aux.items()}

@@ -134,9 +134,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State | None, below: Notes, lengths: Tensor | None) -> tuple[Mixed, Tensor]:
         """The block's answer, and the normalised input of its feed-forward, which branches read."""
-        if self.mixer is None:
+        mixer = self.mixer
+        if mixer is None:
             return self._feed(x, Mixed(x, ()))
-        h = self.mixer(self.norm1(x), state, below=below, lengths=lengths)
+        h = mixer(self.norm1(x), state, below=below, lengths=lengths)
         return self._feed(x + h.y, h)
 
     def last(self, x: Tensor, state: State | None, below: Notes, lengths: Tensor | None) -> tuple[Mixed, Tensor]:
@@ -147,10 +148,10 @@ class Block(nn.Module):
         return self._feed(last(x, lengths) + h.y, h)
 
     def _feed(self, x: Tensor, h: Mixed) -> tuple[Mixed, Tensor]:
-        aux, z = under("mixer", h.aux), x
-        if self.ffn is not None:
+        aux, z, ffn = under("mixer", h.aux), x, self.ffn
+        if ffn is not None:
             z = self.norm2(x)
-            fed = self.ffn(z)
+            fed = ffn(z)
             x = x + fed.y
             aux |= under("ffn", fed.aux)
         return Mixed(x, h.state, aux, h.note), z
@@ -208,6 +209,7 @@ class Backbone(SequenceMixer):
         aux: dict[str, Tensor] = {}
         new, outputs = [], []
         pending: dict[int, list[Tensor]] = {}
+        branches = list(zip(self.cfg.branches, self.branches, strict=True))
         for i, block in enumerate(self.blocks):
             given = None if state is None else state[i]
             run = block.last if i == top else block
@@ -223,7 +225,7 @@ class Backbone(SequenceMixer):
                 notes = {name: tuple(note.last(lengths) for note in notes[name]) for name in needed}
                 pending = {adds: [last(y, lengths) for y in ys] for adds, ys in pending.items()}
                 lengths = None
-            for b, (branch, layer) in enumerate(zip(self.cfg.branches, self.branches, strict=True)):
+            for b, (branch, layer) in enumerate(branches):
                 if branch.reads == i:
                     fed = layer(z)
                     pending.setdefault(branch.adds, []).append(fed.y)

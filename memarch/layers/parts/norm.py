@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         weight = self.weight
         x = x if x.dtype == weight.dtype else x.to(weight.dtype)
         if self.groups == 1:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
         return F.rms_norm(x.unflatten(-1, (self.groups, -1)), [x.shape[-1] // self.groups], eps=self.eps).flatten(-2) * weight
 
 
