@@ -383,3 +383,18 @@ def test_what_cannot_be_is_said(wrong, says):
 def test_heads_divide():
     with pytest.raises(ConfigError, match="heads 3 must divide the width of attention, 16"):
         MemMambaConfig(heads=3).build(DIM)
+
+
+def test_pools_with_and_without_notes_are_read_together():
+    """Over several blocks, with gradients and without."""
+    few, many = ({"accept": 1.0}, {"gate": "always"})
+    below = [noisy(MemMambaConfig(mamba=MambaConfig(state=2), window=4, slots=3, note=5, share=True, **more).build(DIM)) for more in (few, many)]
+    reader = noisy(MemMambaConfig(mamba=MambaConfig(state=2), window=4, slots=3, note=5, reach=2).build(DIM))
+    x = torch.randn(1, notes.BLOCK + 90, DIM, dtype=F64)
+
+    def read():
+        return reader(x, below={"pool": tuple(layer(x).note["pool"] for layer in below)}).y
+
+    with torch.no_grad():
+        found = read()
+    close(found, read(), "without gradients", 1e-12)

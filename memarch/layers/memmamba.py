@@ -169,8 +169,8 @@ class MemMamba(SequenceMixer):
         accepted = complete & (e > cfg.accept)
         if cfg.gate == "periodic":
             accepted &= window * cfg.window % cfg.period[0] < cfg.period[1]
-        if self._idle(accepted):
-            pool, kept = unchanged(state.pool, x.shape[1]), state.pool
+        if x.shape[1] == 1 and self._idle(accepted):
+            pool, kept = unchanged(state.pool), state.pool
         else:
             pool, kept = collect(wide_linear(top, self.note.weight), e, accepted, state.pool, state.pos, x.shape[1], cfg.window, cfg.policy)
         aux = {"accepted": accepted.sum() / complete.sum().clamp(min=1), "full": (kept.window >= 0).float().mean()}

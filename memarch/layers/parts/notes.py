@@ -64,9 +64,9 @@ def peaks(x: Tensor, left: Tensor, size: int, place: Tensor | None, count: Tenso
     return torch.where(shut[..., None], top, 0), torch.where(more[:, None] > 0, last, 0)
 
 
-def unchanged(kept: Kept, T: int) -> Pool:
-    """What T tokens see among which no note is taken."""
-    return Pool(kept.s[:, None], kept.e[:, None], (kept.window >= 0)[:, None, None].expand(-1, -1, T, -1))
+def unchanged(kept: Kept) -> Pool:
+    """What one token sees that closes no note."""
+    return Pool(kept.s[:, None], kept.e[:, None], (kept.window >= 0)[:, None, None])
 
 
 def collect(s: Tensor, e: Tensor, accepted: Tensor, kept: Kept, pos: Tensor, T: int, size: int, policy: Literal["priority", "fifo"]) -> tuple[Pool, Kept]:
