@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from memarch.config import LayerConfig, require
 from memarch.contracts import EMPTY, Mixed, Notes, SequenceMixer
-from memarch.layers.mamba import uniform_
 from memarch.layers.parts import Linear, RMSNorm
+from memarch.layers.parts.linear import uniform_
 
 
 @dataclass(frozen=True, kw_only=True)

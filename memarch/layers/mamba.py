@@ -23,7 +23,7 @@ from memarch.kernels.selective_scan import selective_scan, token
 from memarch.kernels.selective_scan.torch_impl import LONGEST
 from memarch.layers.parts import Linear, ShortConv
 from memarch.layers.parts.gates import STEP, step_bias_
-from memarch.layers.parts.linear import uniform
+from memarch.layers.parts.linear import uniform_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +168,3 @@ class Mamba(SequenceMixer):
         if "step" in self.cfg.share:
             notes["step"] = Step(dt.mean(-1))
         return Mixed(self.out(y), MambaState(memory, tail), note=notes)
-
-
-def uniform_(x: Tensor, fan_in: int, generator: torch.Generator) -> None:
-    """torch's own init of a linear map, on which Mamba's published runs rest."""
-    x.copy_(uniform(tuple(x.shape), -(fan_in**-0.5), fan_in**-0.5, generator))

@@ -15,6 +15,11 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return torch.empty(shape, dtype=torch.float32, device=generator.device).uniform_(low, high, generator=generator)
 
 
+def uniform_(x: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """torch's own init of a linear map, on which Mamba's published runs rest."""
+    x.copy_(uniform(tuple(x.shape), -(fan_in**-0.5), fan_in**-0.5, generator))
+
+
 def small(fan_in: int) -> float:
     """ "Small init" (Nguyen & Salazar 2019), sqrt(2 / 5d): the customary 0.02 at width 1024, and right for small widths too."""
     return math.sqrt(0.4 / fan_in)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memarch.kernels.autocast import exact
-from memarch.layers.parts.linear import Linear, uniform
+from memarch.layers.parts.linear import Linear, uniform_
 
 BLOCK = 512  # tokens of a block: with more of them there are more candidates, with fewer the pool is read anew more often
 
@@ -190,7 +190,6 @@ def _attend_once(q: Tensor, key: Tensor, value: Tensor, s: Tensor, e: Tensor, se
 
 def plain_(linear: Any, generator: torch.Generator) -> None:
     """torch's own init, as Mamba's linear maps have it; no bias."""
-    bound = linear.in_features**-0.5
-    linear.weight.copy_(uniform(tuple(linear.weight.shape), -bound, bound, generator))
+    uniform_(linear.weight, linear.in_features, generator)
     if linear.bias is not None:
         linear.bias.zero_()
